@@ -1,0 +1,1 @@
+"""Checkpoint files in, memory maps out. Nothing here imports torch, and nothing in a file is ever executed."""

@@ -1,0 +1,27 @@
+"""Twin of `npllama.ops.rms_norm`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npllama.dtypes import Array, Tensor
+from npllama.kernels.jit import compiled, widened
+
+
+def rms_norm(x: Array, weight: Tensor, eps: float) -> Array:
+    """Scale each row to a root mean square of one, then by the weight. See `npllama.ops.rms_norm`."""
+    y = np.empty_like(x)
+    _rms_norm(x, weight.data, np.float32(eps), y)
+    return y
+
+
+@compiled()
+def _rms_norm(x: Array, weight: Array, eps: np.float32, y: Array) -> None:
+    n_new, dim = x.shape
+    for t in range(n_new):
+        total = np.float32(0)
+        for j in range(dim):
+            total += x[t, j] * x[t, j]
+        scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
+        for j in range(dim):
+            y[t, j] = x[t, j] * scale * widened(weight[j])

@@ -1,0 +1,26 @@
+"""Twin of `npllama.ops.apply_rope`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npllama.dtypes import Array
+from npllama.kernels.jit import compiled
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn each interleaved pair of each head by its position's angle. See `npllama.ops.apply_rope`."""
+    y = np.empty_like(x)
+    _apply_rope(x, cos, sin, y)
+    return y
+
+
+@compiled()
+def _apply_rope(x: Array, cos: Array, sin: Array, y: Array) -> None:
+    n_new, n_heads, head_dim = x.shape
+    for t in range(n_new):
+        for h in range(n_heads):
+            for j in range(head_dim // 2):
+                a, b = x[t, h, 2 * j], x[t, h, 2 * j + 1]
+                y[t, h, 2 * j] = a * cos[t, j] - b * sin[t, j]
+                y[t, h, 2 * j + 1] = a * sin[t, j] + b * cos[t, j]

@@ -1,0 +1,54 @@
+"""Compile every kernel before the first token needs it, so that waiting can be shown as what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from npllama.dtypes import Tensor, narrow
+from npllama.kernels.activation import swiglu
+from npllama.kernels.attend import attention, softmax
+from npllama.kernels.matmul import linear
+from npllama.kernels.norm import rms_norm
+from npllama.kernels.rope import apply_rope
+
+#: Rows that take each path: one query, few rows, many rows.
+_ROWS = (1, 2, 8)
+
+
+def compile_kernels(dtype: str, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Call every kernel once with tiny arrays of the types that a model stored in ``dtype`` brings.
+
+    Parameters
+    ----------
+    dtype : str
+        "float32" or "bfloat16".
+    progress : callable, optional
+        Called as ``progress("compiling kernels", done, total)``.
+    """
+
+    def stored(*shape: int) -> Tensor:
+        data = narrow(np.ones(shape, np.float32), dtype)
+        data.setflags(write=False)  # like a memory map; Numba compiles for read-only arrays apart
+        return Tensor(data, dtype)
+
+    def attend(n_new: int) -> None:
+        keys = np.ones((n_new, 1, 2), np.float32)
+        attention(np.ones((n_new, 1, 2), np.float32), keys, keys, lambda name, x: x)
+
+    square = np.ones((2, 2), np.float32)
+    steps: list[Callable[[], object]] = [
+        *(lambda n=n: linear(np.ones((n, 2), np.float32), stored(2, 2)) for n in _ROWS),
+        *(lambda n=n: attend(n) for n in _ROWS[:2]),
+        lambda: rms_norm(square, stored(2), 1e-5),
+        lambda: apply_rope(square[None], square[:1, :1], square[:1, :1]),
+        lambda: swiglu(square, square),
+        lambda: softmax(square),
+    ]
+    for done, step in enumerate(steps):
+        if progress is not None:
+            progress("compiling kernels", done, len(steps))
+        step()
+    if progress is not None:
+        progress("compiling kernels", len(steps), len(steps))

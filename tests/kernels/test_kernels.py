@@ -1,0 +1,163 @@
+"""Every kernel beside its op in float64, on the same input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from npllama import kernels, ops
+from npllama.dtypes import Array, Tensor, narrow
+from npllama.kernels import jit, warmup
+from npllama.taps import untapped
+
+RNG = np.random.default_rng(11)
+ROWS = [1, 2, 4, 5, 33]
+STORAGE = ["float32", "bfloat16"]
+
+
+def normal(*shape: int) -> Array:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def stored(values: Array, dtype: str) -> Tensor:
+    data = narrow(values, dtype)
+    data.setflags(write=False)  # as a memory map is
+    return Tensor(data, dtype)
+
+
+def wide(*arrays: Array) -> tuple[Array, ...]:
+    return tuple(array.astype(np.float64) for array in arrays)
+
+
+def assert_close(kernel: Array, op: Array, ulps: float = 16) -> None:
+    """Equal to within some float32 rounding steps of the largest number."""
+    assert kernel.dtype == np.float32
+    assert kernel.shape == op.shape
+    np.testing.assert_allclose(kernel, op, rtol=0, atol=ulps * 2**-24 * np.abs(op).max())
+
+
+@pytest.mark.parametrize("n_new", ROWS)
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize(("m", "n"), [(31, 64), (100, 37), (1, 1)])
+def test_linear(n_new: int, dtype: str, m: int, n: int) -> None:
+    x, weight = normal(n_new, n), stored(normal(m, n), dtype)
+    assert_close(kernels.linear(x, weight), ops.linear(*wide(x), weight))
+
+
+def test_linear_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npllama.kernels.matmul._BLOCK_BYTES", 4 * 64 * 8)
+    x, weight = normal(9, 64), stored(normal(29, 64), "bfloat16")
+    assert_close(kernels.linear(x, weight), ops.linear(*wide(x), weight))
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_linears(dtype: str) -> None:
+    x, weights = normal(3, 16), [stored(normal(m, 16), dtype) for m in (8, 4, 4)]
+    for kernel, op in zip(kernels.linears(x, weights), ops.linears(*wide(x), weights), strict=True):
+        assert_close(kernel, op)
+
+
+@pytest.mark.parametrize("n_new", ROWS)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_rms_norm(n_new: int, dtype: str) -> None:
+    x, weight = normal(n_new, 100) * 0.01, stored(RNG.uniform(0.5, 1.5, 100).astype(np.float32), dtype)
+    assert_close(kernels.rms_norm(x, weight, 1e-5), ops.rms_norm(*wide(x), weight, 1e-5))
+
+
+@pytest.mark.parametrize("n_new", ROWS)
+def test_apply_rope(n_new: int) -> None:
+    x, freqs = normal(n_new, 3, 10), (10_000.0 ** -np.linspace(0, 1, 5)).astype(np.float32)
+    cos, sin = ops.rope_tables(freqs, 1000, n_new)
+    assert_close(kernels.apply_rope(x, cos, sin), ops.apply_rope(*wide(x), cos, sin))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 40)])
+def test_softmax(shape: tuple[int, ...]) -> None:
+    scores = normal(*shape) * 30
+    scores[..., 0] = -np.inf
+    before = scores.copy()
+    assert_close(kernels.softmax(scores), ops.softmax(*wide(scores)))
+    np.testing.assert_array_equal(scores, before)
+
+
+@pytest.mark.parametrize("n_new", ROWS)
+@pytest.mark.parametrize("n_past", [0, 1, 50])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (9, 3), (5, 1)])
+def test_attention(n_new: int, n_past: int, n_heads: int, n_kv_heads: int) -> None:
+    q = normal(n_new, n_heads, 16) * 3
+    keys, values = normal(n_new + n_past, n_kv_heads, 16), normal(n_new + n_past, n_kv_heads, 16)
+    expected = ops.attention(*wide(q, keys, values), untapped)
+    assert_close(kernels.attention(q, keys, values, untapped), expected, ulps=64)
+
+
+def test_attention_reads_views_of_a_longer_cache() -> None:
+    cache = normal(2, 40, 2, 8)
+    keys, values = cache[0, :7], cache[1, :7]
+    q = normal(1, 4, 8)
+    assert_close(kernels.attention(q, keys, values, untapped), ops.attention(*wide(q, keys, values), untapped), 64)
+
+
+def test_swiglu_over_the_whole_range_of_float32() -> None:
+    gate = np.concatenate([normal(1, 500) * 30, np.float32([[-3e38, -200, -88, -87, 0, 87, 88, 89, 3e38]])], axis=1)
+    up = np.ones_like(gate)
+    kernel, op = kernels.swiglu(gate, up), ops.swiglu(*wide(gate, up))
+    np.testing.assert_allclose(kernel, op, rtol=1e-6, atol=1e-35)
+
+
+def test_exp_is_right_to_float32s_last_bit_and_ends_where_float32_does() -> None:
+    x = np.linspace(-87, 88, 20_001, dtype=np.float32)
+    y = np.array([jit.exp(value) for value in x])
+    np.testing.assert_array_equal(y, y.astype(np.float32))
+    np.testing.assert_allclose(y, np.exp(x.astype(np.float64)), rtol=2**-23)
+    assert jit.exp(np.float32(0)) == 1
+    assert jit.exp(np.float32(-np.inf)) == jit.exp(np.float32(-88)) == 0
+    assert jit.exp(np.float32(89)) == jit.exp(np.float32(np.inf)) == np.inf
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_nothing_is_left_to_compile_after_the_warm_up(dtype: str) -> None:
+    from tests.fixtures.engine import loud_model
+    from tests.fixtures.loud import loud_config
+
+    seen: list[tuple[str, int, int]] = []
+    warmup.compile_kernels(dtype, lambda *step: seen.append(step))
+    assert seen[0][1] == 0
+    assert seen[-1][1] == seen[-1][2] == len(seen) - 1
+    config = loud_config()
+    model = loud_model(config, backend="fast", dtype=dtype)
+    for layer in (model.weights, *model.weights.layers):
+        for name in layer.__slots__:
+            if isinstance(tensor := getattr(layer, name), Tensor):
+                tensor.data.setflags(write=False)
+    compiled = _signatures()
+    for n_new in ROWS:
+        model.forward(np.arange(n_new))
+    assert _signatures() == compiled
+
+
+def _signatures() -> dict[str, list[str]]:
+    """Return the compiled signatures of every kernel."""
+    import importlib
+    import pkgutil
+
+    modules = [
+        importlib.import_module(f"npllama.kernels.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
+    ]
+    return {
+        f"{module.__name__}.{name}": [str(signature) for signature in value.signatures]
+        for module in modules
+        for name, value in vars(module).items()
+        if hasattr(value, "signatures")
+    }
+
+
+def test_the_cache_folder_changes_with_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    before = jit.cache_folder.__wrapped__()
+    (tmp_path / "jit.py").write_text("changed")
+    monkeypatch.setattr(jit, "__file__", str(tmp_path / "jit.py"))
+    assert jit.cache_folder.__wrapped__() not in (None, before)
+
+
+def test_kernels_compile_without_a_disk_cache_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "cache_folder", lambda: None)
+    assert jit.compiled()(lambda x: x + 1)(1) == 2
