@@ -17,6 +17,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from npllama.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from npllama.cache import KVCache as KVCache
     from npllama.checkpoint.convert import convert as convert
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from npllama.model import Model as Model
     from npllama.taps import record as record
     from npllama.text.chat import dialog_prompt as dialog_prompt
-
-__version__ = "0.1.0"
 
 _HOME = {
     "KVCache": "npllama.cache",

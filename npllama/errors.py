@@ -118,6 +118,10 @@ class TapError(NpllamaError):
     """A tap pattern names nothing, or a tapped tensor breaks the tap table's contract."""
 
 
+class TraceError(NpllamaError):
+    """A folder is not a trace, its ``trace.json`` is wrong, or a file of it is not what that says."""
+
+
 # --- usage: exit code 2 -----------------------------------------------------------------------------------------
 
 

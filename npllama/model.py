@@ -200,6 +200,10 @@ class Model:
         self._ops = ops
         self._dtype = np.dtype(dtype)
 
+    def new_cache(self, capacity: int) -> KVCache:
+        """Return an empty cache for this model with room for ``capacity`` positions."""
+        return KVCache(self.config, capacity)
+
     @property
     def axes(self) -> Mapping[str, int]:
         """Lengths of the axis letters that the model fixes."""
@@ -239,7 +243,7 @@ class Model:
         """
         ids = self._checked(tokens)
         if cache is None:
-            cache = KVCache(self.config, len(ids))
+            cache = self.new_cache(len(ids))
         tap: Tap = untapped
         if self.recorder is not None:
             tap = self.recorder.step(len(ids), cache.length + len(ids), self._dtype)

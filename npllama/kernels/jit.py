@@ -45,12 +45,26 @@ def cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def compiled(parallel: bool = False) -> Callable[[_Function], _Function]:
-    """Decorate a function to be compiled on its first call with each combination of dtypes, and kept on disk."""
+def compiled(*, parallel: bool = False, inline: bool = False) -> Callable[[_Function], _Function]:
+    """Decorate a function to be compiled on its first call with each combination of dtypes, and kept on disk.
+
+    Parameters
+    ----------
+    parallel : bool
+        Share the rounds of its ``prange`` loops between threads, in contiguous runs.
+    inline : bool
+        Paste it into the kernels that call it: for a helper whose loop must see where its arrays lie.
+    """
 
     def decorate(function: _Function) -> _Function:
         folder = cache_folder()
-        jit: Any = numba.njit(parallel=parallel, fastmath=_FAST, error_model="numpy", cache=folder is not None)
+        jit: Any = numba.njit(
+            parallel=parallel,
+            fastmath=_FAST,
+            error_model="numpy",
+            inline="always" if inline else "never",
+            cache=folder is not None,
+        )
         before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder or "")
         try:
             kernel: _Function = jit(function)

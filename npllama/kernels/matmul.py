@@ -1,8 +1,9 @@
-"""Twins of `npllama.ops.linear` and `linears`: rows times a weight matrix, widened in registers or small blocks."""
+"""Twins of `npllama.ops.linear` and `linears`: rows times a weight matrix, widened in registers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numba import prange
@@ -10,26 +11,16 @@ from numba import prange
 from npllama.dtypes import Array, Tensor
 from npllama.kernels.jit import compiled, widened
 
-#: Up to this many rows, one pass over the weights that stays in registers beats widening them for BLAS.
-_FEW_ROWS = 4
-_BLOCK_BYTES = 2 << 20
+#: Multiplications below which waking the other threads costs more than it saves.
+_SMALL = 1 << 18
 
 
 def linear(x: Array, weight: Tensor) -> Array:
     """Multiply rows by a weight matrix: ``y = x · weightᵀ``. See `npllama.ops.linear`."""
     n_new, (m, n) = x.shape[0], weight.shape
     y = np.empty((n_new, m), np.float32)
-    if n_new <= _FEW_ROWS:
-        _rows_dot(x, weight.data, y)
-    elif weight.dtype == "float32":
-        np.matmul(x, weight.data.T, out=y)
-    else:
-        rows = max(1, _BLOCK_BYTES // (4 * n))
-        wide = np.empty((min(rows, m), n), np.float32)
-        for start in range(0, m, rows):
-            stop = min(start + rows, m)
-            _widen(weight.data[start:stop], wide)
-            np.matmul(x, wide[: stop - start].T, out=y[:, start:stop])
+    product = _serial if n_new * m * n < _SMALL else _parallel
+    product(x, weight.data, y)
     return y
 
 
@@ -38,25 +29,54 @@ def linears(x: Array, weights: Sequence[Tensor]) -> tuple[Array, ...]:
     return tuple(linear(x, weight) for weight in weights)
 
 
-@compiled(parallel=True)
-def _rows_dot(x: Array, weight: Array, y: Array) -> None:
-    """Fill y (T, M) with x (T, N) · weight (M, N)ᵀ for few rows.
+def _product(x: Array, weight: Array, y: Array) -> None:
+    """Fill y (T, M) with x (T, N) · weight (M, N)ᵀ.
 
-    Each thread streams one contiguous part of the weights. An output is one thread's sum in one order, so the numbers
-    do not depend on how many threads there are.
+    Bands of four weight rows are dealt out in contiguous runs, one run a thread, so each thread streams its own part of
+    the matrix once. Within a band, tiles of 4 rows by 4 tokens use every number that is loaded four times; what does
+    not fill a tile is done one dot product at a time. An output is always one thread's sum in one order: the numbers do
+    not depend on how many threads there are.
     """
-    n_new, n = x.shape
-    for i in prange(weight.shape[0]):
-        for t in range(n_new):
-            total = np.float32(0)
-            for j in range(n):
-                total += widened(weight[i, j]) * x[t, j]
-            y[t, i] = total
+    n_new, m = y.shape
+    tiled = n_new - n_new % 4 if m >= 4 else 0
+    for band in prange((m + 3) // 4):
+        first = 4 * band
+        rows = min(4, m - first)
+        done = tiled if rows == 4 else 0
+        for t in range(0, done, 4):
+            _tile(x[t : t + 4], weight[first : first + 4], y[t : t + 4, first : first + 4])
+        for t in range(done, n_new):
+            for i in range(first, first + rows):
+                y[t, i] = _dot(x[t], weight[i])
 
 
-@compiled(parallel=True)
-def _widen(weight: Array, wide: Array) -> None:
-    """Copy bfloat16 rows to the first rows of a float32 block."""
-    for i in prange(weight.shape[0]):
-        for j in range(weight.shape[1]):
-            wide[i, j] = widened(weight[i, j])
+@compiled(inline=True)
+def _dot(x: Array, w: Array) -> Any:
+    total = np.float32(0)
+    for j in range(x.shape[0]):
+        total += widened(w[j]) * x[j]
+    return total
+
+
+@compiled(inline=True)
+def _tile(x: Array, w: Array, y: Array) -> None:
+    """Fill y (4, 4) with x (4, N) · w (4, N)ᵀ: sixteen sums that the compiler keeps in vector registers."""
+    a0 = a1 = a2 = a3 = np.float32(0)
+    b0 = b1 = b2 = b3 = np.float32(0)
+    c0 = c1 = c2 = c3 = np.float32(0)
+    d0 = d1 = d2 = d3 = np.float32(0)
+    for j in range(x.shape[1]):
+        w0, w1, w2, w3 = widened(w[0, j]), widened(w[1, j]), widened(w[2, j]), widened(w[3, j])
+        a, b, c, d = x[0, j], x[1, j], x[2, j], x[3, j]
+        a0, a1, a2, a3 = a0 + a * w0, a1 + a * w1, a2 + a * w2, a3 + a * w3
+        b0, b1, b2, b3 = b0 + b * w0, b1 + b * w1, b2 + b * w2, b3 + b * w3
+        c0, c1, c2, c3 = c0 + c * w0, c1 + c * w1, c2 + c * w2, c3 + c * w3
+        d0, d1, d2, d3 = d0 + d * w0, d1 + d * w1, d2 + d * w2, d3 + d * w3
+    y[0, 0], y[0, 1], y[0, 2], y[0, 3] = a0, a1, a2, a3
+    y[1, 0], y[1, 1], y[1, 2], y[1, 3] = b0, b1, b2, b3
+    y[2, 0], y[2, 1], y[2, 2], y[2, 3] = c0, c1, c2, c3
+    y[3, 0], y[3, 1], y[3, 2], y[3, 3] = d0, d1, d2, d3
+
+
+_serial = compiled()(_product)
+_parallel = compiled(parallel=True)(_product)

@@ -13,9 +13,6 @@ from npllama.kernels.matmul import linear
 from npllama.kernels.norm import rms_norm
 from npllama.kernels.rope import apply_rope
 
-#: Rows that take each path: one query, few rows, many rows.
-_ROWS = (1, 2, 8)
-
 
 def compile_kernels(dtype: str, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Call every kernel once with tiny arrays of the types that a model stored in ``dtype`` brings.
@@ -38,14 +35,16 @@ def compile_kernels(dtype: str, progress: Callable[[str, int, int], None] | None
         attention(np.ones((n_new, 1, 2), np.float32), keys, keys, lambda name, x: x)
 
     square = np.ones((2, 2), np.float32)
-    steps: list[Callable[[], object]] = [
-        *(lambda n=n: linear(np.ones((n, 2), np.float32), stored(2, 2)) for n in _ROWS),
-        *(lambda n=n: attend(n) for n in _ROWS[:2]),
+    steps: tuple[Callable[[], object], ...] = (
+        lambda: linear(square, stored(2, 2)),
+        lambda: linear(np.ones((8, 256), np.float32), stored(256, 256)),  # enough work to be shared between threads
+        lambda: attend(1),
+        lambda: attend(2),
         lambda: rms_norm(square, stored(2), 1e-5),
         lambda: apply_rope(square[None], square[:1, :1], square[:1, :1]),
         lambda: swiglu(square, square),
         lambda: softmax(square),
-    ]
+    )
     for done, step in enumerate(steps):
         if progress is not None:
             progress("compiling kernels", done, len(steps))

@@ -38,16 +38,23 @@ def assert_close(kernel: Array, op: Array, ulps: float = 16) -> None:
 
 @pytest.mark.parametrize("n_new", ROWS)
 @pytest.mark.parametrize("dtype", STORAGE)
-@pytest.mark.parametrize(("m", "n"), [(31, 64), (100, 37), (1, 1)])
+@pytest.mark.parametrize(("m", "n"), [(31, 64), (100, 37), (3, 8), (1, 1)])
 def test_linear(n_new: int, dtype: str, m: int, n: int) -> None:
     x, weight = normal(n_new, n), stored(normal(m, n), dtype)
     assert_close(kernels.linear(x, weight), ops.linear(*wide(x), weight))
 
 
-def test_linear_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("npllama.kernels.matmul._BLOCK_BYTES", 4 * 64 * 8)
-    x, weight = normal(9, 64), stored(normal(29, 64), "bfloat16")
-    assert_close(kernels.linear(x, weight), ops.linear(*wide(x), weight))
+@pytest.mark.parametrize("n_new", [1, 8, 30])
+@pytest.mark.parametrize("m", [3, 128, 131])
+def test_linear_shared_between_threads_equals_linear_on_one(
+    monkeypatch: pytest.MonkeyPatch, n_new: int, m: int
+) -> None:
+    x, weight = normal(n_new, 64), stored(normal(m, 64), "bfloat16")
+    results = []
+    for small in (0, 1 << 60):
+        monkeypatch.setattr("npllama.kernels.matmul._SMALL", small)
+        results.append(kernels.linear(x, weight))
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)

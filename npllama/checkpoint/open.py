@@ -1,0 +1,79 @@
+"""Any checkpoint, by what it is: a folder by the files in it, a file by its first bytes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from npllama.checkpoint.detect import detect
+from npllama.checkpoint.gguf_checkpoint import open_gguf_checkpoint
+from npllama.checkpoint.hf import open_hf
+from npllama.checkpoint.manifest import is_model_folder
+from npllama.checkpoint.meta import open_meta
+from npllama.checkpoint.source import Source, file_names, is_folder, is_remote, join
+from npllama.checkpoint.tensor import Checkpoint
+from npllama.errors import NotACheckpointError, ParameterError
+
+#: Ending of the weights -> format; in a folder without any weights, the configuration's name tells what is missing.
+_WEIGHTS = {".pth": "pth", ".safetensors": "safetensors", ".gguf": "gguf"}
+_CONFIGS = {"params.json": "pth", "config.json": "safetensors"}
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], *, rope_factor: float | None = None, verify_crc: bool = True
+) -> Checkpoint:
+    """Open a checkpoint of any format that npllama reads.
+
+    Parameters
+    ----------
+    path : path-like
+        A folder or a file, local or with a scheme.
+    rope_factor : float, optional
+        RoPE scaling factor, for Meta checkpoints alone: the other formats say it.
+    verify_crc : bool
+        Check the CRC-32 of the records of a .pth.
+
+    Raises
+    ------
+    NotACheckpointError
+        Nothing here is a checkpoint, or several are, or it is a converted model.
+    ParameterError
+        ``rope_factor`` for a checkpoint that says its own.
+    NpllamaError
+        As the readers raise.
+    """
+    path = os.fspath(path)
+    if is_folder(path):
+        kind, path = _look_into(path)
+    else:
+        source = Source(path)
+        try:
+            kind = detect(source)
+        finally:
+            source.close()
+    if kind == "pth":
+        return open_meta(path, rope_factor=rope_factor, verify_crc=verify_crc)
+    if rope_factor is not None:
+        raise ParameterError("a RoPE factor was given, but only Meta's params.json leaves it open", file=path)
+    return open_hf(path) if kind == "safetensors" else open_gguf_checkpoint(path)
+
+
+def _look_into(folder: str) -> tuple[str, str]:
+    """Return the format of the checkpoint in a folder, and the path to open."""
+    if not is_remote(folder) and is_model_folder(Path(folder)):
+        raise NotACheckpointError(
+            "this is a converted model already", file=folder, remedy="Use it as it is, or name the original checkpoint."
+        )
+    names = file_names(folder)
+    found = {kind: [name for name in names if name.endswith(ending)] for ending, kind in _WEIGHTS.items()}
+    kinds = [kind for kind, files in found.items() if files] or [
+        kind for name, kind in _CONFIGS.items() if name in names
+    ]
+    if not kinds:
+        raise NotACheckpointError(
+            "no .pth, .safetensors or .gguf file in the folder", file=folder, remedy="Name a checkpoint's folder."
+        )
+    if len(kinds) > 1 or len(found["gguf"]) > 1:
+        several = ", ".join(name for kind in kinds for name in found[kind][:2]) or ", ".join(_CONFIGS)
+        raise NotACheckpointError(f"several checkpoints: {several} ...", file=folder, remedy="Name the file to open.")
+    return kinds[0], join(folder, found["gguf"][0]) if kinds == ["gguf"] else folder

@@ -1,0 +1,252 @@
+"""A converted model on disk, opened as memory maps.
+
+Nothing in the folder is interpreted that the manifest does not already say: a tensor's file must have exactly the
+header and the size that follow from the manifest before it is mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npllama.checkpoint import manifest as manifests
+from npllama.checkpoint.manifest import ROPE_FREQS, Entry
+from npllama.checkpoint.source import read_file
+from npllama.config import ModelConfig
+from npllama.dtypes import STORAGE, Tensor
+from npllama.errors import (
+    CorruptDataError,
+    FileAccessError,
+    IncompleteConversionError,
+    NotACheckpointError,
+    NpllamaError,
+    ParameterError,
+    TruncatedFileError,
+)
+
+#: Called as ``progress(what, done, total)``, in bytes.
+Progress = Callable[[str, int, int], None]
+
+#: Ending of the folder that a conversion works in.
+PARTIAL = ".partial"
+
+_BLOCK_BYTES = 1 << 23
+_REMEDY = "Convert the checkpoint again."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Store:
+    """A model folder.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    config : ModelConfig
+        What the model is.
+    manifest : mapping
+        The manifest, as plain JSON values.
+    entries : mapping of str to Entry
+        Canonical name -> tensor, in the order of the forward pass. Tied names are not in it; `tensor` knows them.
+    """
+
+    path: Path
+    config: ModelConfig
+    manifest: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Store:
+        """Open a model folder: read the manifest and check every file's presence, size and header.
+
+        The tensors' bytes are not read; `verify_store` does that.
+
+        Raises
+        ------
+        IncompleteConversionError
+            The conversion was interrupted.
+        NotACheckpointError
+            Not a model folder.
+        VersionError
+            Written by a newer npllama.
+        CorruptDataError, TruncatedFileError, ConfigError, ConfigMismatchError
+            The manifest or a file is damaged.
+        FileAccessError
+            Something cannot be read.
+        """
+        store = _read_manifest(Path(path))
+        for entry in store.entries.values():
+            with _opened(store.path, entry):
+                pass
+        for line in store.manifest["tokenizer"]:
+            _check_tokenizer_file(store.path, line)
+        return store
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer's files; None for a model that takes and gives token ids only."""
+        return self.path / "tokenizer" if self.manifest["tokenizer"] else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.data_bytes for entry in self.entries.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """Map a tensor.
+
+        Parameters
+        ----------
+        name : str
+            Canonical name; a tied one gives the tensor that it is tied to.
+
+        Returns
+        -------
+        Tensor
+            Its ``data`` is a read-only ndarray on the file's pages.
+
+        Raises
+        ------
+        ParameterError
+            The model has no such tensor.
+        """
+        entry = self.entries.get(self.manifest["tied"].get(name, name))
+        if entry is None:
+            raise ParameterError(f"there is no tensor {name!r}", file=self.path, remedy="See `npllama inspect`.")
+        with _opened(self.path, entry) as descriptor:
+            pages = mmap.mmap(descriptor, entry.file_bytes, access=mmap.ACCESS_READ)
+        flat = np.frombuffer(pages, STORAGE[entry.dtype], offset=len(entry.header))
+        return Tensor(flat.reshape(entry.shape), entry.dtype)
+
+    def rope_freqs(self) -> NDArray[np.float32]:
+        """Return the RoPE inverse frequencies, shape (Dh/2,), float32, radians per position."""
+        return self.tensor(ROPE_FREQS).numbers()
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify_store` found.
+
+    Attributes
+    ----------
+    files, tensors : int
+        How many were checked.
+    nbytes : int
+        Bytes that were read.
+    problems : tuple of NpllamaError
+        One for each damaged file.
+    """
+
+    files: int
+    tensors: int
+    nbytes: int
+    problems: tuple[NpllamaError, ...]
+
+
+def verify_store(path: str | os.PathLike[str], progress: Progress | None = None) -> Verification:
+    """Read every byte of a model folder and compare it with the manifest: sizes, headers, SHA-256.
+
+    Damaged files are collected, so that one run names them all.
+
+    Raises
+    ------
+    NpllamaError
+        As `Store.open`, when not even the manifest can be read.
+    """
+    store = _read_manifest(Path(path))
+    total = sum(entry.file_bytes for entry in store.entries.values())
+    problems: list[NpllamaError] = []
+    read = done = 0
+    for entry in store.entries.values():
+        try:
+            with _opened(store.path, entry) as descriptor:
+                digest = hashlib.sha256()
+                while block := os.read(descriptor, _BLOCK_BYTES):
+                    digest.update(block)
+                    read += len(block)
+                    if progress:
+                        progress("Verifying", min(done + entry.file_bytes, read), total)
+            if digest.hexdigest() != entry.sha256:
+                raise CorruptDataError(
+                    f"the SHA-256 is {digest.hexdigest()}, the manifest says {entry.sha256}",
+                    file=store.path / entry.file,
+                    remedy=_REMEDY,
+                )
+        except NpllamaError as problem:
+            problems.append(problem)
+        done += entry.file_bytes
+    for line in store.manifest["tokenizer"]:
+        try:
+            read += _check_tokenizer_file(store.path, line)
+        except NpllamaError as problem:
+            problems.append(problem)
+    files = 1 + len(store.entries) + len(store.manifest["tokenizer"])
+    return Verification(files, len(store.entries), read, tuple(problems))
+
+
+def _read_manifest(folder: Path) -> Store:
+    """Open a folder as far as its manifest."""
+    if folder.name.endswith(PARTIAL) or (not folder.exists() and folder.with_name(folder.name + PARTIAL).is_dir()):
+        raise IncompleteConversionError(
+            "the conversion was interrupted", file=folder, remedy="Run the same conversion again: it resumes."
+        )
+    if not folder.exists():
+        raise FileAccessError("no such folder", file=folder, remedy="Check the path, or convert a checkpoint to it.")
+    path = folder / manifests.FILE_NAME
+    if not path.exists():
+        raise NotACheckpointError(
+            f"not a converted model: there is no {manifests.FILE_NAME}",
+            file=folder,
+            remedy="Convert a checkpoint with `npllama convert`, and name the folder that it wrote.",
+        )
+    document = manifests.decode(read_file(path), str(path))
+    config = ModelConfig.from_json(document["config"], str(path))
+    return Store(folder, config, document, manifests.entries(document, config, str(path)))
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, entry: Entry) -> Iterator[int]:
+    """Yield a descriptor, at offset 0, of a tensor's file whose size and header are right."""
+    path = folder / entry.file
+    try:
+        # Not blocking: opening a pipe that nobody writes would never return.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CorruptDataError("the file is missing", file=path, remedy=_REMEDY) from None
+    except OSError as problem:
+        raise FileAccessError(f"cannot open: {problem.strerror}", file=path, remedy="Check its permissions.") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileAccessError("not a regular file", file=path, remedy=_REMEDY)
+        if status.st_size != entry.file_bytes:
+            kind = TruncatedFileError if status.st_size < entry.file_bytes else CorruptDataError
+            raise kind(f"{status.st_size} bytes, expected {entry.file_bytes}", file=path, remedy=_REMEDY)
+        if os.pread(descriptor, len(entry.header), 0) != entry.header:
+            raise CorruptDataError(
+                f"the header is not that of {entry.dtype} {entry.shape}", file=path, offset=0, remedy=_REMEDY
+            )
+        yield descriptor
+    except OSError as problem:
+        raise FileAccessError(f"cannot read: {problem.strerror or problem}", file=path) from None
+    finally:
+        os.close(descriptor)
+
+
+def _check_tokenizer_file(folder: Path, line: Mapping[str, str]) -> int:
+    """Compare a tokenizer file with its digest: it is small, and one wrong byte in it changes every text."""
+    path = folder / line["file"]
+    content = read_file(path)
+    if hashlib.sha256(content).hexdigest() != line["sha256"]:
+        raise CorruptDataError("the SHA-256 is not the manifest's", file=path, remedy=_REMEDY)
+    return len(content)

@@ -1,0 +1,140 @@
+"""Where the parts meet: a store, a set of operations and a tokenizer become a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from npllama import ops
+from npllama.checkpoint.store import Store
+from npllama.errors import BackendError, ParameterError
+from npllama.model import Model, gather_weights
+from npllama.text import tokenizer as text
+
+Progress = Callable[[str, int, int], None]
+
+BACKENDS = ("fast", "numpy", "float64")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "fast",
+    threads: int | None = None,
+    special_tokens: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Model:
+    """Open a converted model.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder that `npllama.convert` wrote.
+    backend : {"fast", "numpy", "float64"}
+        Compiled kernels; the textbook in float32, without Numba; or the textbook in float64, the truth.
+    threads : int, optional
+        Threads for Numba and BLAS together; by default the processors that this process may use.
+    special_tokens : sequence of str
+        Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
+    progress : callable, optional
+        Called as ``progress(what, done, total)`` while kernels are compiled for the first time.
+
+    Returns
+    -------
+    Model
+        Its weights are memory maps: nothing is copied, and pages are read when they are first used.
+
+    Raises
+    ------
+    NpllamaError
+        The folder is not a complete store, the backend is unknown or cannot run here, or the tokenizer does not fit.
+    """
+    if backend not in BACKENDS:
+        raise ParameterError(f"the backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    store = Store.open(path)
+    weights = gather_weights(store.config, store.tensor, store.rope_freqs())
+    count = _limit_threads(threads, backend)
+    operations: Any = ops
+    if backend == "fast":
+        operations = _with_kernels(weights.output.dtype, progress)
+    tokenizer = None
+    if store.tokenizer_folder is not None:
+        tokenizer = text.Tokenizer.from_path(store.tokenizer_folder, special_tokens=special_tokens)
+        tokenizer.check_model_rows(store.config.vocab_size)
+    return Model(
+        store.config,
+        weights,
+        operations,
+        backend=backend,
+        dtype=np.float64 if backend == "float64" else np.float32,
+        threads=count,
+        tokenizer=tokenizer,
+        notice=_notice(store),
+    )
+
+
+def _notice(store: Store) -> str | None:
+    truncated = store.manifest.get("truncated")
+    if truncated is None:
+        return None
+    return (
+        f"This store keeps the first {truncated['layers']} of {truncated['of']} layers: "
+        "every tensor in them is exact, but the text is not meaningful."
+    )
+
+
+def _with_kernels(dtype: str, progress: Progress | None) -> SimpleNamespace:
+    """Return the textbook's operations with every compiled twin in its original's place."""
+    try:
+        from npllama import kernels
+        from npllama.kernels.warmup import compile_kernels
+    except ImportError as problem:
+        raise BackendError(
+            f"the fast backend needs Numba, which cannot be imported: {problem}",
+            remedy="Install numba, or choose the numpy backend.",
+        ) from None
+    compile_kernels(dtype, progress)
+    return SimpleNamespace(**{**vars(ops), **{name: getattr(kernels, name) for name in kernels.__all__}})
+
+
+def _limit_threads(threads: int | None, backend: str) -> int:
+    """Give Numba and BLAS the same number of threads, and return it."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = available if threads is None else threads
+    if not 1 <= count <= available:
+        raise ParameterError(f"{count} threads were asked for; this process may use 1 to {available}")
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(count, user_api="blas")
+    if backend == "fast":
+        import numba
+
+        settings: Any = numba.config
+        numba.set_num_threads(min(count, settings.NUMBA_NUM_THREADS))
+    return count
+
+
+class Tokenizer(text.Tokenizer):
+    """A tokenizer that opens whatever a model comes in.
+
+    See `npllama.text.tokenizer.Tokenizer`; this one also reads the vocabulary inside a GGUF file, which is the
+    business of `npllama.checkpoint`.
+    """
+
+    @classmethod
+    def from_path(cls, path: str | os.PathLike[str], *, special_tokens: Sequence[str] = ()) -> text.Tokenizer:
+        """Open a store, a folder with tokenizer files, ``tokenizer.model``, ``tokenizer.json`` or a ``.gguf``."""
+        if Path(path).suffix != ".gguf":
+            return super().from_path(path, special_tokens=special_tokens)
+        from npllama.checkpoint.gguf import open_gguf
+        from npllama.checkpoint.gguf_tokenizer import tokenizer_files
+
+        name = os.fspath(path)
+        return cls.from_files(
+            tokenizer_files(open_gguf(name).metadata, name), special_tokens=special_tokens, source=name
+        )
