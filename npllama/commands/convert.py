@@ -1,0 +1,26 @@
+"""`npllama convert`: a checkpoint becomes a folder of memory maps."""
+
+from __future__ import annotations
+
+import argparse
+
+from npllama.checkpoint.convert import convert
+from npllama.commands.console import Progress
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert, and print the folder."""
+    with Progress() as progress:
+        folder = convert(
+            options.src,
+            options.dst,
+            dtype=options.dtype,
+            layers=options.layers,
+            force=options.force,
+            rope_factor=options.rope_factor,
+            verify_crc=not options.no_crc,
+            allow_nan=options.allow_nan,
+            progress=progress,
+        )
+    print(folder)
+    return 0

@@ -1,0 +1,60 @@
+"""What the commands that run a model share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from npllama.commands.console import Progress, notice
+from npllama.errors import FileAccessError, TokenizerError
+from npllama.loading import load
+from npllama.model import Model
+
+
+def load_model(options: argparse.Namespace) -> Model:
+    """Load ``options.model`` with the engine options, and say on stderr what should be known of it."""
+    with Progress() as progress:
+        model = load(options.model, backend=options.backend, threads=options.threads, progress=progress)
+    if model.notice:
+        notice(model.notice)
+    return model
+
+
+def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling options as `generate` takes them."""
+    return {
+        "max_new_tokens": options.n,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "seed": options.seed,
+        "stop": options.stop,
+    }
+
+
+def read_text(file: str | None) -> str:
+    """Read a text file, or stdin for None.
+
+    Raises
+    ------
+    FileAccessError
+        The file cannot be read.
+    TokenizerError
+        It is not UTF-8.
+    """
+    try:
+        content = sys.stdin.buffer.read() if file is None else Path(file).read_bytes()
+    except OSError as problem:
+        raise FileAccessError(f"cannot read: {problem.strerror or problem}", file=file or "stdin") from None
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise TokenizerError(
+            f"byte 0x{content[problem.start]:02x} is not UTF-8 text",
+            file=file or "stdin",
+            offset=problem.start,
+            remedy="Convert the text to UTF-8.",
+        ) from None
