@@ -58,10 +58,8 @@ def load(
         raise ParameterError(f"the backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     store = Store.open(path)
     weights = gather_weights(store.config, store.tensor, store.rope_freqs())
+    operations: Any = ops if backend != "fast" else _with_kernels(weights.output.dtype, progress)
     count = _limit_threads(threads, backend)
-    operations: Any = ops
-    if backend == "fast":
-        operations = _with_kernels(weights.output.dtype, progress)
     tokenizer = None
     if store.tokenizer_folder is not None:
         tokenizer = text.Tokenizer.from_path(store.tokenizer_folder, special_tokens=special_tokens)
@@ -135,6 +133,6 @@ class Tokenizer(text.Tokenizer):
         from npllama.checkpoint.gguf_tokenizer import tokenizer_files
 
         name = os.fspath(path)
-        return cls.from_files(
-            tokenizer_files(open_gguf(name).metadata, name), special_tokens=special_tokens, source=name
-        )
+        file = open_gguf(name)
+        file.source.close()  # the metadata has been read
+        return cls.from_files(tokenizer_files(file.metadata, name), special_tokens=special_tokens, source=name)

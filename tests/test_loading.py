@@ -1,0 +1,120 @@
+"""Where store, operations and tokenizer become a model."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import npllama
+from npllama.errors import BackendError, ConfigMismatchError, FileAccessError, NpllamaError, ParameterError
+from tests.fixtures.engine import loud_model
+from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens, write_gguf, write_hf
+
+CONFIG = loud_config()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loading")
+    return npllama.convert(
+        write_gguf(folder / "loud.gguf", loud_tensors(CONFIG), CONFIG), folder / "store", dtype="f32"
+    )
+
+
+@pytest.mark.parametrize("backend", ["fast", "numpy", "float64"])
+def test_a_loaded_model_computes_what_the_same_weights_in_memory_do(store: Path, backend: str) -> None:
+    model = npllama.load(store, backend=backend)
+    tokens = loud_tokens(CONFIG)
+    np.testing.assert_array_equal(model.forward(tokens), loud_model(model.config, backend=backend).forward(tokens))
+    assert model.backend == backend
+    assert model.tokenizer is None
+    assert model.notice is None
+
+
+def test_weights_are_memory_maps_and_cannot_be_written(store: Path) -> None:
+    model = npllama.load(store, backend="numpy")
+    for tensor in (model.weights.tok_embeddings, model.weights.layers[0].w1, model.weights.norm):
+        data: object = tensor.data
+        while isinstance(data, np.ndarray):
+            data = data.base
+        assert isinstance(data, mmap.mmap)
+        assert not tensor.data.flags.writeable
+
+
+def test_an_unknown_backend_names_the_known_ones(store: Path) -> None:
+    with pytest.raises(ParameterError, match=r"'gpu', expected one of fast, numpy, float64"):
+        npllama.load(store, backend="gpu")
+
+
+def test_the_fast_backend_without_numba_says_which_one_runs(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("npllama.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(npllama, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(BackendError, match=r"needs Numba.* choose the numpy backend"):
+        npllama.load(store)
+    assert npllama.load(store, backend="numpy").forward([1]).shape == (1, CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10_000])
+def test_a_number_of_threads_that_cannot_be_had_is_refused(store: Path, threads: int) -> None:
+    with pytest.raises(ParameterError, match=rf"{threads} threads were asked for; this process may use 1 to"):
+        npllama.load(store, threads=threads)
+
+
+def test_threads_are_set_for_numba_and_blas_together(store: Path) -> None:
+    import numba
+    import threadpoolctl
+
+    before = numba.get_num_threads()
+    try:
+        assert npllama.load(store, threads=1).threads == 1
+        assert numba.get_num_threads() == 1
+        assert {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"} == {1}
+    finally:
+        npllama.load(store)
+        numba.set_num_threads(before)
+
+
+def test_compiling_reports_its_progress(store: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    npllama.load(store, progress=lambda *step: seen.append(step))
+    assert seen[0] == ("compiling kernels", 0, seen[-1][2])
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_a_folder_that_is_no_store_is_one_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(NpllamaError):
+        npllama.load(tmp_path)
+    with pytest.raises(FileAccessError):
+        npllama.load(tmp_path / "missing")
+
+
+def test_own_special_tokens_need_rows_in_the_embedding(store: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    small = loud_config(vocab_size=258)
+    folder = write_hf(tmp_path / "hf", loud_tensors(small), small)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    byte_level = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = tokenizers.decoders.ByteLevel()
+    byte_level.save(str(folder / "tokenizer.json"))
+    path = npllama.convert(folder, tmp_path / "store")
+    model = npllama.load(path, backend="numpy", special_tokens=["<|a|>", "<|b|>"])
+    assert model.tokenizer is not None
+    assert model.tokenizer.encode("<|b|>", allow_special=True) == [257]
+    with pytest.raises(ConfigMismatchError, match=r"259 ids \(3 of them own special tokens\).* 258 rows"):
+        npllama.load(path, backend="numpy", special_tokens=["<|a|>", "<|b|>", "<|c|>"])
+
+
+@pytest.mark.real
+def test_a_tokenizer_comes_out_of_a_gguf_or_the_store_made_of_it_alike(smollm2_gguf: Path, tmp_path: Path) -> None:
+    store = npllama.convert(smollm2_gguf, tmp_path / "store", layers=1)
+    text = "Hello, wörld! 123\n<|im_start|>"
+    ids = npllama.Tokenizer.from_path(smollm2_gguf).encode(text)
+    assert ids == npllama.Tokenizer.from_path(store).encode(text)
+    assert npllama.Tokenizer.from_path(store / "tokenizer" / "tokenizer.json").decode(ids) == text
