@@ -38,10 +38,10 @@ def test_a_loaded_model_computes_what_the_same_weights_in_memory_do(store: Path,
 def test_weights_are_memory_maps_and_cannot_be_written(store: Path) -> None:
     model = npllama.load(store, backend="numpy")
     for tensor in (model.weights.tok_embeddings, model.weights.layers[0].w1, model.weights.norm):
-        data: object = tensor.data
-        while isinstance(data, np.ndarray):
-            data = data.base
-        assert isinstance(data, mmap.mmap)
+        base: object = tensor.data
+        while isinstance(base, np.ndarray | memoryview):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        assert isinstance(base, mmap.mmap)
         assert not tensor.data.flags.writeable
 
 
