@@ -58,8 +58,10 @@ def load(
         raise ParameterError(f"the backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     store = Store.open(path)
     weights = gather_weights(store.config, store.tensor, store.rope_freqs())
-    operations: Any = ops if backend != "fast" else _with_kernels(weights.output.dtype, progress)
+    operations: Any = ops if backend != "fast" else _with_kernels()
     count = _limit_threads(threads, backend)
+    if backend == "fast":
+        _compile(weights.output.dtype, progress)
     tokenizer = None
     if store.tokenizer_folder is not None:
         tokenizer = text.Tokenizer.from_path(store.tokenizer_folder, special_tokens=special_tokens)
@@ -86,18 +88,22 @@ def _notice(store: Store) -> str | None:
     )
 
 
-def _with_kernels(dtype: str, progress: Progress | None) -> SimpleNamespace:
+def _with_kernels() -> SimpleNamespace:
     """Return the textbook's operations with every compiled twin in its original's place."""
     try:
         from npllama import kernels
-        from npllama.kernels.warmup import compile_kernels
     except ImportError as problem:
         raise BackendError(
             f"the fast backend needs Numba, which cannot be imported: {problem}",
             remedy="Install numba, or choose the numpy backend.",
         ) from None
-    compile_kernels(dtype, progress)
     return SimpleNamespace(**{**vars(ops), **{name: getattr(kernels, name) for name in kernels.__all__}})
+
+
+def _compile(dtype: str, progress: Progress | None) -> None:
+    from npllama.kernels.warmup import compile_kernels
+
+    compile_kernels(dtype, progress)
 
 
 def _limit_threads(threads: int | None, backend: str) -> int:
@@ -110,10 +116,9 @@ def _limit_threads(threads: int | None, backend: str) -> int:
 
     threadpoolctl.threadpool_limits(count, user_api="blas")
     if backend == "fast":
-        import numba
+        from npllama.kernels.threads import use_threads
 
-        settings: Any = numba.config
-        numba.set_num_threads(min(count, settings.NUMBA_NUM_THREADS))
+        use_threads(count)
     return count
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from npllama.checkpoint.names import expected
+from npllama.checkpoint.pth import open_pth
+from npllama.checkpoint.shards import merge
 from npllama.checkpoint.source import Source
 from npllama.errors import (
     ConfigMismatchError,
@@ -89,6 +92,23 @@ class TestShards:
         (folder / "consolidated.03.pth").unlink()
         refused(folder, ConfigMismatchError, r"in each of 3 shards, which does not add up.*A shard is missing")
 
+    def test_a_repeated_tensor_of_another_shape_is_an_error(self, tmp_path: Path) -> None:
+        folder = write_shards(tmp_path, n_shards=2)
+        for shard in range(2):
+            edit_shard(folder, shard, 2, norm__weight=np.ones(32, np.float32))
+        refused(folder, ConfigMismatchError, r"norm\.weight has the shape \(32,\) in each of 2 shards")
+
+    def test_heads_that_cannot_be_repeated_evenly_are_an_error(self, tmp_path: Path) -> None:
+        """Three shards of 32 rows are 96: twice the 48 that are expected, but not in pairs of shards."""
+        for shard in range(3):
+            write_checkpoint(tmp_path / f"{shard}.pth", {WK: np.ones((32, 4), np.float32)})
+        files = [open_pth(tmp_path / f"{shard}.pth") for shard in range(3)]
+        table = {WK: replace(expected(CONFIG)[WK], shape=(48, 4))}
+        with pytest.raises(ConfigMismatchError, match="in each of 3 shards"):
+            merge(files, table)
+        for file in files:
+            file.source.close()
+
     def test_an_extra_shard_is_noticed(self, tmp_path: Path) -> None:
         folder = write_shards(tmp_path, n_shards=2)
         (folder / "consolidated.02.pth").write_bytes((folder / "consolidated.01.pth").read_bytes())
@@ -148,11 +168,11 @@ class TestCost:
         return counts
 
     @staticmethod
-    def shared_storages(folder: Path) -> Path:
+    def shared_storages(folder: Path, *, all_in_one: bool = False) -> Path:
         """Write a file in which each layer's tensors share one storage, as Meta's do, in an order of its own."""
         groups: dict[str, list[str]] = {}
         for name in sorted(WHOLE, reverse=True):
-            groups.setdefault(name[:8], []).append(name)
+            groups.setdefault("" if all_in_one else name[:8], []).append(name)
         views, storages = {}, {}
         for key, names in enumerate(groups.values()):
             numel, offset = sum(WHOLE[name].size for name in names), 0
@@ -198,6 +218,20 @@ class TestCost:
                     caught.append(str(problem))
         assert len(caught) == (1 if kept else 2)
         assert all("CRC-32" in message for message in caught)
+
+    def test_a_layer_taken_alone_answers_for_a_storage_that_all_layers_share(self, tmp_path: Path) -> None:
+        path = self.shared_storages(tmp_path, all_in_one=True) / "consolidated.00.pth"
+        content = bytearray(path.read_bytes())
+        content[content.index(WHOLE[WK].tobytes()) + 100] ^= 1
+        path.write_bytes(content)
+        caught = []
+        with opened(tmp_path) as checkpoint:
+            for name in (name for name in checkpoint.tensors if name.startswith("layers.1.")):
+                try:
+                    checkpoint.tensors[name].read()
+                except CorruptDataError:
+                    caught.append(name)
+        assert len(caught) == 1
 
     def test_memory_does_not_grow_with_the_tensor(self, tmp_path: Path) -> None:
         config = loud_config(dim=512, n_heads=8, n_layers=1, hidden_dim=8192, head_dim=64)

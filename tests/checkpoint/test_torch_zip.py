@@ -179,6 +179,7 @@ def store(layout: str, at: int, value: int) -> Callable[[bytearray, int], None]:
         (patched(b"PK\6\7", store("<Q", 8, 5)), "zip64 locator points to 5"),
         (patched(b"PK\6\6", store("<Q", 4, 45)), "zip64 end of the directory is malformed"),
         (patched(b"PK\5\6", store("<H", 4, 1)), "several volumes"),
+        (patched(b"PK\1\2", store("<H", 34, 1)), "several volumes"),
         (patched(b"PK\1\2", store("<H", 28, 60_000)), "malformed"),
         (patched(b"PK\1\2", store("<H", 30, 1)), "malformed"),
         (patched(b"PK\1\2", store("<I", 38, 0x10)), "malformed"),
