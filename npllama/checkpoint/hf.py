@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from pathlib import Path
 
 from npllama.checkpoint.names import expected, select
 from npllama.checkpoint.rope import interleaved
 from npllama.checkpoint.safetensors import SafetensorsFile, open_safetensors
-from npllama.checkpoint.source import file_names, is_folder, is_remote, join, read_file
+from npllama.checkpoint.source import file_names, is_folder, join, read_file, split
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.checkpoint.tokenizer_files import HUGGING_FACE, tokenizer_files
 from npllama.config import from_hf_json
@@ -46,7 +45,7 @@ def open_hf(path: str | os.PathLike[str]) -> Checkpoint:
         As `open_safetensors`, `npllama.config.from_hf_json` and `npllama.checkpoint.names.select` raise.
     """
     path = os.fspath(path)
-    folder, weights = (path, None) if is_folder(path) else _split(path)
+    folder, weights = (path, None) if is_folder(path) else split(path)
     names = file_names(folder)
     if CONFIG not in names:
         raise NotACheckpointError(
@@ -74,14 +73,6 @@ def open_hf(path: str | os.PathLike[str]) -> Checkpoint:
         )
         stack.pop_all()
     return checkpoint
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Split a file's path, local or remote, into its folder and its name."""
-    if is_remote(path):
-        folder, _, name = path.rpartition("/")
-        return folder, name
-    return str(Path(path).parent), Path(path).name
 
 
 def _open(stack: ExitStack, path: str) -> SafetensorsFile:

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 from npllama.checkpoint.names import EMBEDDING, OUTPUT, expected, is_ignored, select
 from npllama.checkpoint.pth import PthFile, open_pth
 from npllama.checkpoint.shards import Merged, check_alike, merge, share_checks
-from npllama.checkpoint.source import file_names, is_folder, is_remote, join, read_file
+from npllama.checkpoint.source import file_names, is_folder, join, read_file, split
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.checkpoint.tokenizer_files import META, tokenizer_files
 from npllama.config import from_params_json
@@ -74,7 +73,7 @@ def open_meta(path: str | os.PathLike[str], *, rope_factor: float | None = None,
     D. Tensors that every shard repeats are compared while they are read.
     """
     path = os.fspath(path)
-    folder, weights = (path, None) if is_folder(path) else _split(path)
+    folder, weights = (path, None) if is_folder(path) else split(path)
     names = file_names(folder)
     shards = _shard_names(folder, names) if weights is None else _one_file(folder, weights, names)
     if PARAMS not in names:
@@ -122,14 +121,6 @@ def _assemble(
         sources=tuple(file.source for file in files),
         rope_layout="interleaved",
     )
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Split a file's path, local or remote, into its folder and its name."""
-    if is_remote(path):
-        folder, _, name = path.rpartition("/")
-        return folder, name
-    return str(Path(path).parent), Path(path).name
 
 
 def _refuse_others(names: Iterable[str], kinds: Sequence[tuple[re.Pattern[str], str]], file: str) -> None:

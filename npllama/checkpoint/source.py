@@ -28,6 +28,14 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
 
 
+def split(path: str) -> tuple[str, str]:
+    """Split a file's path, local or remote, into its folder and its name."""
+    if is_remote(path):
+        folder, _, name = path.rpartition("/")
+        return folder, name
+    return str(Path(path).parent), Path(path).name
+
+
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Tell whether the path is an existing folder."""
     path = os.fspath(path)
