@@ -134,8 +134,7 @@ class Tokenizer(text.Tokenizer):
         """Open a store, a folder with tokenizer files, ``tokenizer.model``, ``tokenizer.json`` or a ``.gguf``."""
         if Path(path).suffix != ".gguf":
             return super().from_path(path, special_tokens=special_tokens)
-        from npllama.checkpoint.gguf import open_gguf
-        from npllama.checkpoint.gguf_tokenizer import tokenizer_files
+        from npllama.checkpoint.gguf import open_gguf, tokenizer_files
 
         name = os.fspath(path)
         file = open_gguf(name)

@@ -15,17 +15,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from npllama.checkpoint import manifest as manifests
-from npllama.checkpoint.disk import disk_errors, locked, new_file, require_space
-from npllama.checkpoint.journal import Journal, open_journal
-from npllama.checkpoint.manifest import ROPE_FREQS, Entry
 from npllama.checkpoint.names import EMBEDDING, OUTPUT, select
 from npllama.checkpoint.open import open_checkpoint
-from npllama.checkpoint.publish import check_destination, publish, recover
 from npllama.checkpoint.rope import inverse_frequencies
 from npllama.checkpoint.source import Source, is_remote
 from npllama.checkpoint.store import PARTIAL, Progress
-from npllama.checkpoint.stream import write_tensor
+from npllama.checkpoint.store import manifest as manifests
+from npllama.checkpoint.store.disk import disk_errors, locked, new_file, require_space
+from npllama.checkpoint.store.journal import Journal, open_journal
+from npllama.checkpoint.store.manifest import ROPE_FREQS, Entry
+from npllama.checkpoint.store.publish import check_destination, publish, recover
+from npllama.checkpoint.store.stream import write_tensor
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.config import ModelConfig
 from npllama.dtypes import FLOATS, Array, widen

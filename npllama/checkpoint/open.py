@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from npllama.checkpoint.detect import detect
-from npllama.checkpoint.gguf_checkpoint import open_gguf_checkpoint
-from npllama.checkpoint.hf import open_hf
-from npllama.checkpoint.manifest import is_model_folder
-from npllama.checkpoint.meta import open_meta
+from npllama.checkpoint.gguf import open_gguf_checkpoint
+from npllama.checkpoint.pth import open_meta
+from npllama.checkpoint.safetensors import open_hf
 from npllama.checkpoint.source import Source, file_names, is_folder, is_remote, join
+from npllama.checkpoint.store import is_model_folder
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.errors import NotACheckpointError, ParameterError
 

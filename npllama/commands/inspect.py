@@ -10,10 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from npllama.checkpoint import manifest
 from npllama.checkpoint.open import open_checkpoint
 from npllama.checkpoint.source import is_remote
-from npllama.checkpoint.store import PARTIAL, Store
+from npllama.checkpoint.store import PARTIAL, Store, manifest
 from npllama.commands.console import human, print_json, print_table
 from npllama.config import ModelConfig
 

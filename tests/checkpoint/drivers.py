@@ -23,7 +23,7 @@ import numpy as np
 
 from npllama.checkpoint.convert import convert_checkpoint
 from npllama.checkpoint.names import expected
-from npllama.checkpoint.store import Store
+from npllama.checkpoint.store.folder import Store
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.dtypes import Array
 from npllama.errors import FileAccessError, IncompleteConversionError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from npllama.checkpoint.meta import open_meta
 from npllama.checkpoint.names import EMBEDDING, expected
+from npllama.checkpoint.pth.meta import open_meta
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.config import ModelConfig
 from npllama.dtypes import STORAGE, Array

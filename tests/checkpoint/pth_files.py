@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from npllama.checkpoint.pth import PthFile, open_pth
+from npllama.checkpoint.pth.file import PthFile, open_pth
 from tests.checkpoint.archives import archive, torch_members
 
 

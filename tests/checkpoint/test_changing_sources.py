@@ -13,7 +13,7 @@ import pytest
 from npllama.checkpoint import convert as convert_module
 from npllama.checkpoint.convert import convert
 from npllama.checkpoint.source import Source
-from npllama.checkpoint.store import Store
+from npllama.checkpoint.store.folder import Store
 from npllama.errors import NpllamaError, SourceChangedError
 from tests.checkpoint.tiny import tree
 from tests.fixtures.loud import loud_config, loud_tensors, write_gguf

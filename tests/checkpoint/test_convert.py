@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from npllama.checkpoint import manifest as manifests
 from npllama.checkpoint.convert import convert, convert_checkpoint
 from npllama.checkpoint.open import open_checkpoint
 from npllama.checkpoint.rope import inverse_frequencies
 from npllama.checkpoint.source import Source
-from npllama.checkpoint.store import Store, verify_store
+from npllama.checkpoint.store import manifest as manifests
+from npllama.checkpoint.store.folder import Store, verify_store
 from npllama.config import RopeScaling
 from npllama.dtypes import Array
 from npllama.errors import (

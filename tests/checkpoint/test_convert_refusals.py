@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint.convert import convert_checkpoint
-from npllama.checkpoint.store import Store, verify_store
+from npllama.checkpoint.store.folder import Store, verify_store
 from npllama.errors import (
     ConfigMismatchError,
     CorruptDataError,

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint.convert import convert_checkpoint
-from npllama.checkpoint.disk import locked
-from npllama.checkpoint.store import Store, verify_store
+from npllama.checkpoint.store.disk import locked
+from npllama.checkpoint.store.folder import Store, verify_store
 from npllama.errors import (
     DiskSpaceError,
     FileAccessError,

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 
-from npllama.checkpoint.gguf import GgufFile, open_gguf
+from npllama.checkpoint.gguf.file import GgufFile, open_gguf
 from tests.checkpoint import handcraft
 from tests.checkpoint.handcraft import Q8_0, UINT32, pair, tensor, u32
 

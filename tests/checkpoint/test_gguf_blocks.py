@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from npllama.checkpoint.gguf_blocks import ENCODINGS, UNREAD, Encoding
+from npllama.checkpoint.gguf.blocks import ENCODINGS, UNREAD, Encoding
 from npllama.dtypes import STORAGE, widen
 
 QUANTISED = {number: encoding for number, encoding in ENCODINGS.items() if encoding.unpack is not None}

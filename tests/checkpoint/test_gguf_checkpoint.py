@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from npllama.checkpoint.gguf_checkpoint import open_gguf_checkpoint
+from npllama.checkpoint.gguf.checkpoint import open_gguf_checkpoint
 from npllama.checkpoint.names import expected
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.config import ModelConfig, RopeScaling

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npllama.checkpoint.gguf import open_gguf
+from npllama.checkpoint.gguf.file import open_gguf
 from npllama.errors import (
     CorruptDataError,
     EmptyFileError,

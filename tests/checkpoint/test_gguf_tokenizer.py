@@ -12,8 +12,8 @@ import pytest
 import regex
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from npllama.checkpoint.gguf import open_gguf
-from npllama.checkpoint.gguf_tokenizer import tokenizer_files
+from npllama.checkpoint.gguf.file import open_gguf
+from npllama.checkpoint.gguf.tokenizer import tokenizer_files
 from npllama.errors import TokenizerError, UnsupportedError
 
 HARD = [

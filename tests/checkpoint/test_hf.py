@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from npllama.checkpoint.gguf_checkpoint import open_gguf_checkpoint
-from npllama.checkpoint.hf import open_hf
+from npllama.checkpoint.gguf.checkpoint import open_gguf_checkpoint
 from npllama.checkpoint.names import expected
+from npllama.checkpoint.safetensors.hf import open_hf
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.config import from_hf_json
 from npllama.errors import (

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npllama.checkpoint.pickle_values import Call, PersistentId, Role, Symbol
-from npllama.checkpoint.pickle_vm import run
+from npllama.checkpoint.pth.pickle_values import Call, PersistentId, Role, Symbol
+from npllama.checkpoint.pth.pickle_vm import run
 from npllama.errors import (
     CorruptDataError,
     NpllamaError,

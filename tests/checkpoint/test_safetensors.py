@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from npllama.checkpoint.safetensors import SafetensorsFile, open_safetensors
+from npllama.checkpoint.safetensors.file import SafetensorsFile, open_safetensors
 from npllama.dtypes import STORAGE
 from npllama.errors import (
     CorruptDataError,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint.names import expected
-from npllama.checkpoint.pth import open_pth
-from npllama.checkpoint.shards import merge
+from npllama.checkpoint.pth.file import open_pth
+from npllama.checkpoint.pth.shards import merge
 from npllama.checkpoint.source import Source
 from npllama.errors import (
     ConfigMismatchError,

@@ -13,7 +13,7 @@ import pytest
 import npllama
 from npllama.checkpoint import source as sources
 from npllama.checkpoint.source import Source, file_names, is_folder, is_remote, join, read_file
-from npllama.checkpoint.store import Store
+from npllama.checkpoint.store.folder import Store
 from npllama.errors import FileAccessError, SourceChangedError, TruncatedFileError
 from tests.fixtures.loud import loud_config, loud_tensors, write_gguf, write_hf, write_meta
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from npllama.checkpoint import manifest as manifests
 from npllama.checkpoint.convert import convert_checkpoint
-from npllama.checkpoint.npy import header
-from npllama.checkpoint.store import Store, verify_store
+from npllama.checkpoint.store import manifest as manifests
+from npllama.checkpoint.store.folder import Store, verify_store
+from npllama.checkpoint.store.npy import header
 from npllama.errors import (
     ConfigError,
     ConfigMismatchError,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npllama.checkpoint import strided
-from npllama.checkpoint.strided import is_disjoint, read_view, span
+from npllama.checkpoint.pth import strided
+from npllama.checkpoint.pth.strided import is_disjoint, read_view, span
 
 
 class Disk:

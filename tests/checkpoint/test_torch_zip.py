@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from npllama.checkpoint.pth.torch_zip import Archive, read_archive
+from npllama.checkpoint.pth.zip_record import RecordReader
 from npllama.checkpoint.source import Source
-from npllama.checkpoint.torch_zip import Archive, read_archive
-from npllama.checkpoint.zip_record import RecordReader
 from npllama.errors import (
     CorruptDataError,
     NpllamaError,

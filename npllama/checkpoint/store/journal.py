@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npllama.checkpoint import manifest as manifests
-from npllama.checkpoint.disk import sync_folder
+from npllama.checkpoint.store import manifest as manifests
+from npllama.checkpoint.store.disk import sync_folder
 from npllama.errors import DestinationExistsError
 
 FILE_NAME = "journal.jsonl"

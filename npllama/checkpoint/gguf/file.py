@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from npllama.checkpoint.detect import detect
-from npllama.checkpoint.gguf_blocks import ENCODINGS, UNREAD, Encoding
-from npllama.checkpoint.gguf_values import UINT32, Cursor
+from npllama.checkpoint.gguf.blocks import ENCODINGS, UNREAD, Encoding
+from npllama.checkpoint.gguf.values import UINT32, Cursor
 from npllama.checkpoint.source import Source
 from npllama.checkpoint.tensor import TensorRef
 from npllama.dtypes import Array

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from npllama.checkpoint.pickle_values import Call, PersistentId, Role, Symbol, Symbols, kind, survey
+from npllama.checkpoint.pth.pickle_values import Call, PersistentId, Role, Symbol, Symbols, kind, survey
 from npllama.errors import CorruptDataError, ResourceLimitError, UnsafeFileError, UnsupportedError
 
 _MAX_STEPS = 250_000

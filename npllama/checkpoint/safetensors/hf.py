@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from npllama.checkpoint.names import expected, select
 from npllama.checkpoint.rope import interleaved
-from npllama.checkpoint.safetensors import SafetensorsFile, open_safetensors
+from npllama.checkpoint.safetensors.file import SafetensorsFile, open_safetensors
 from npllama.checkpoint.source import file_names, is_folder, join, read_file, split
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.checkpoint.tokenizer_files import HUGGING_FACE, tokenizer_files

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from npllama.checkpoint.names import EMBEDDING, OUTPUT, expected
-from npllama.checkpoint.npy import data_bytes, header
+from npllama.checkpoint.store.npy import data_bytes, header
 from npllama.config import ModelConfig
 from npllama.errors import ConfigMismatchError, CorruptDataError, NpllamaError, VersionError
 from npllama.strict_json import parse_object

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from npllama.checkpoint.names import EMBEDDING, OUTPUT, expected, is_ignored, select
-from npllama.checkpoint.pth import PthFile, open_pth
-from npllama.checkpoint.shards import Merged, check_alike, merge, share_checks
+from npllama.checkpoint.pth.file import PthFile, open_pth
+from npllama.checkpoint.pth.shards import Merged, check_alike, merge, share_checks
 from npllama.checkpoint.source import file_names, is_folder, join, read_file, split
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.checkpoint.tokenizer_files import META, tokenizer_files

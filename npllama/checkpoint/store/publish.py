@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from npllama.checkpoint.disk import sync_folder
-from npllama.checkpoint.manifest import FILE_NAME, is_model_folder
+from npllama.checkpoint.store.disk import sync_folder
+from npllama.checkpoint.store.manifest import FILE_NAME, is_model_folder
 from npllama.errors import DestinationExistsError
 
 _REPLACED = ".replaced"

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npllama.checkpoint import manifest as manifests
-from npllama.checkpoint.manifest import ROPE_FREQS, Entry
 from npllama.checkpoint.source import read_file
+from npllama.checkpoint.store import manifest as manifests
+from npllama.checkpoint.store.manifest import ROPE_FREQS, Entry
 from npllama.config import ModelConfig
 from npllama.dtypes import STORAGE, Tensor
 from npllama.errors import (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama.checkpoint.disk import disk_errors, new_file
-from npllama.checkpoint.manifest import Entry
+from npllama.checkpoint.store.disk import disk_errors, new_file
+from npllama.checkpoint.store.manifest import Entry
 from npllama.checkpoint.tensor import TensorRef
 from npllama.dtypes import STORAGE, Array, cast
 from npllama.errors import CorruptDataError

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
-from npllama.checkpoint.pickle_values import Call, PersistentId, Role, Symbol, Symbols
-from npllama.checkpoint.strided import is_disjoint, span
+from npllama.checkpoint.pth.pickle_values import Call, PersistentId, Role, Symbol, Symbols
+from npllama.checkpoint.pth.strided import is_disjoint, span
 from npllama.dtypes import STORAGE
 from npllama.errors import CorruptDataError, NpllamaError, UnsupportedError
 
@@ -119,7 +119,7 @@ class StateDict:
     Parameters
     ----------
     root : object
-        What `npllama.checkpoint.pickle_vm.run` returned.
+        What `npllama.checkpoint.pth.pickle_vm.run` returned.
     sizes : mapping of str to int
         Bytes of every storage record, by key.
     file, record : str

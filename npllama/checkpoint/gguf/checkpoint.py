@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from npllama.checkpoint.gguf import GgufFile, open_gguf
-from npllama.checkpoint.gguf_tokenizer import tokenizer_files
+from npllama.checkpoint.gguf.file import GgufFile, open_gguf
+from npllama.checkpoint.gguf.tokenizer import tokenizer_files
 from npllama.checkpoint.names import select
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.config import from_gguf

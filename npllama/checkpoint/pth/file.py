@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from math import prod
 
 from npllama.checkpoint.detect import detect
-from npllama.checkpoint.pickle_vm import run
+from npllama.checkpoint.pth.pickle_vm import run
+from npllama.checkpoint.pth.strided import read_view
+from npllama.checkpoint.pth.torch_pickle import SYMBOLS, StateDict, StoredTensor
+from npllama.checkpoint.pth.torch_zip import Archive, read_archive
+from npllama.checkpoint.pth.zip_record import RecordReader
 from npllama.checkpoint.source import Source
-from npllama.checkpoint.strided import read_view
 from npllama.checkpoint.tensor import TensorRef
-from npllama.checkpoint.torch_pickle import SYMBOLS, StateDict, StoredTensor
-from npllama.checkpoint.torch_zip import Archive, read_archive
-from npllama.checkpoint.zip_record import RecordReader
 from npllama.dtypes import STORAGE, Array
 from npllama.errors import ResourceLimitError, UnsupportedError
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from npllama.checkpoint.names import EMBEDDING, Expected
-from npllama.checkpoint.pth import Extent, PthFile
+from npllama.checkpoint.pth.file import Extent, PthFile
 from npllama.checkpoint.tensor import TensorRef
 from npllama.dtypes import Array, widen
 from npllama.errors import ConfigMismatchError, ShardError

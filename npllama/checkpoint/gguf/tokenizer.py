@@ -88,7 +88,7 @@ def tokenizer_files(metadata: Mapping[str, Any], file: str) -> dict[str, bytes]:
     Parameters
     ----------
     metadata : mapping
-        The file's metadata, as `npllama.checkpoint.gguf.open_gguf` gives it.
+        The file's metadata, as `npllama.checkpoint.gguf.file.open_gguf` gives it.
     file : str
         The file's name, for messages.
 

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from npllama.checkpoint.pth.zip_record import Record, RecordReader
 from npllama.checkpoint.source import Source
-from npllama.checkpoint.zip_record import Record, RecordReader
 from npllama.errors import CorruptDataError, NpllamaError, TruncatedFileError, UnsafeFileError, UnsupportedError
 
 _END = struct.Struct("<4s4H2IH")
