@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -248,6 +249,14 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, mon
     assert not list((tmp_path / "m.partial" / "weights").iterdir())
 
 
+def patch_os(patch: pytest.MonkeyPatch, name: str, function: Callable[..., Any]) -> None:
+    """Replace a function of ``os``, also where Python 3.10's pathlib keeps a reference of its own."""
+    accessor = getattr(pathlib, "_NormalAccessor", None)
+    if getattr(accessor, name, None) is getattr(os, name):
+        patch.setattr(accessor, name, staticmethod(function))
+    patch.setattr(os, name, function)
+
+
 class Failing:
     """A function of ``os`` that fails once, at its n-th call."""
 
@@ -271,7 +280,7 @@ def test_any_failing_call_is_a_typed_error_and_the_next_run_completes(
     failing = Failing(getattr(os, function), number, at)
     caught: list[NpllamaError] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, function, failing)
+        patch_os(patch, function, failing)
         try:
             convert_checkpoint(checkpoint(), tmp_path / "m")
         except NpllamaError as problem:
@@ -303,7 +312,7 @@ def test_a_failed_replacement_leaves_the_old_model_in_place(tmp_path: Path, monk
     folder = convert_checkpoint(checkpoint(), tmp_path / "m")
     before = tree(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", Failing(os.rename, errno.EIO, 2))
+        patch_os(patch, "rename", Failing(os.rename, errno.EIO, 2))
         with pytest.raises(FileAccessError):
             convert_checkpoint(checkpoint(stored(seed=1)), folder, force=True)
     assert tree(folder) == before
@@ -366,9 +375,9 @@ def test_data_reach_the_disk_before_their_names_and_the_manifest_comes_last(
         real_rename(source, target)
         events.append(("publish", Path(target).name))
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "replace", replace_)
-    monkeypatch.setattr(os, "rename", rename)
+    patch_os(monkeypatch, "fsync", fsync)
+    patch_os(monkeypatch, "replace", replace_)
+    patch_os(monkeypatch, "rename", rename)
     folder = convert_checkpoint(checkpoint(), tmp_path / "m")
     named = [name for event, name in events if event == "name"]
     for name in named:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npllama.checkpoint.gguf import open_gguf
-from npllama.checkpoint.gguf import tokenizer_files
+from npllama.checkpoint.gguf import open_gguf, tokenizer_files
 from npllama.text.tokenizer import Tokenizer
 
 
