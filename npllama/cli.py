@@ -26,7 +26,7 @@ examples:
   npllama inspect consolidated.00.pth               look into a checkpoint without converting it
 
 exit codes: 0 done, 1 a check found a difference, 2 usage, 3 bad input, 4 unsupported, 5 disk or I/O,
-6 incomplete or locked, 70 an error of npllama itself, 130 interrupted
+6 incomplete or locked, 7 a check cannot tell, 70 an error of npllama itself, 130 interrupted
 """
 
 _INTERNAL_ERROR = 70
@@ -143,16 +143,39 @@ def _positive(text: str) -> int:
 _positive.__name__ = "integer"  # argparse's messages quote it
 
 
+def _count(text: str) -> int:
+    """Parse an integer of 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not 0 or more")
+    return value
+
+
+_count.__name__ = "integer"
+
+
+def _token_ids(text: str) -> list[int]:
+    """Parse token ids with commas between them."""
+    ids = [int(part) for part in text.split(",")]
+    if min(ids) < 0:
+        raise argparse.ArgumentTypeError(f"{min(ids)} is no token id")
+    return ids
+
+
+_token_ids.__name__ = "list of token ids"
+
+
 def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
 
 
-def _add_engine(command: argparse.ArgumentParser) -> None:
+def _add_engine(command: argparse.ArgumentParser, *, exact: bool = False) -> None:
+    float64 = "; float64: the textbook in float64, the truth" if exact else ""
     command.add_argument(
         "--backend",
-        choices=("fast", "numpy"),
+        choices=("fast", "numpy", "float64") if exact else ("fast", "numpy"),
         default="fast",
-        help="fast: compiled kernels (the default); numpy: the textbook, nothing to compile",
+        help=f"fast: compiled kernels (the default); numpy: the textbook, nothing to compile{float64}",
     )
     command.add_argument("--threads", type=_positive, metavar="N", help="how many threads (default: one for each core)")
 
@@ -189,6 +212,7 @@ def _convert(command: argparse.ArgumentParser) -> None:
     add("--rope-factor", type=float, metavar="F", help="RoPE scaling factor of a Meta checkpoint that names none")
     add("--no-crc", action="store_true", help="do not check the checksums inside a .pth file")
     add("--allow-nan", action="store_true", help="convert weights that hold NaN or infinity")
+    add("--golden", action="store_true", help="record a small run beside the weights, which verify replays")
 
 
 def _pull(command: argparse.ArgumentParser) -> None:
@@ -230,7 +254,33 @@ def _inspect(command: argparse.ArgumentParser) -> None:
 
 
 def _verify(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help=_STORE)
+    add = command.add_argument
+    add("model", metavar="MODEL", help=_STORE)
+    add("--record", action="store_true", help="record a small run beside the weights, for later runs of verify")
+    _add_engine(command)
+    _add_json(command)
+
+
+def _trace(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", metavar="MODEL", help=_STORE)
+    add("prompt", metavar="PROMPT", nargs="?", help="text to run; may be left out with --tokens")
+    add("-o", "--output", required=True, metavar="TRACE", help="folder to write")
+    add("--tokens", type=_token_ids, metavar="1,2,3", help="token ids to run instead of a PROMPT")
+    add("--decode", type=_count, default=0, metavar="N", help="greedy steps after the prompt (default: 0)")
+    add("--teacher-force", action="store_true", help="feed the last N tokens one by one instead of greedy steps")
+    add("--taps", default="*", metavar="GLOB", help='record only these, for example "layers.0.*" (default: all)')
+    _add_engine(command, exact=True)
+
+
+def _compare(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("candidate", metavar="CANDIDATE", help="trace to judge, of npllama or any other program")
+    add("reference", metavar="REFERENCE", help="trace that is trusted")
+    add("--truth", metavar="TRACE", help="float64 trace of the same model: the noise is measured, not estimated")
+    add("--diagnose", metavar="MODEL", help="converted model to look for the mistake with; it also gives the truth")
+    add("--html", metavar="FILE", help="write the report as a page, too")
+    add("--junit", metavar="FILE", help="write the report as JUnit XML, too")
     _add_json(command)
 
 
@@ -254,7 +304,7 @@ def _bench(command: argparse.ArgumentParser) -> None:
 
 
 #: Command -> its positional argument that may be absent.
-_LATE = {"generate": "prompt", "pull": "dst"}
+_LATE = {"generate": "prompt", "pull": "dst", "trace": "prompt"}
 
 #: Command -> summary, and what adds its options. The module of its handler has its name.
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
@@ -264,7 +314,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "chat": ("talk with a model", _chat),
     "tokenize": ("show a text as tokens", _tokenize),
     "inspect": ("show what is in a model or a checkpoint", _inspect),
-    "verify": ("check every byte of a converted model", _verify),
+    "verify": ("check every byte of a converted model, and replay its recorded run", _verify),
+    "trace": ("record every intermediate tensor of a run", _trace),
+    "compare": ("compare two traces tensor by tensor", _compare),
     "perplexity": ("measure how well a model predicts a text", _perplexity),
     "bench": ("measure how fast a model runs", _bench),
 }

@@ -18,7 +18,9 @@ from npllama import __version__, cli, errors
 from npllama.errors import NpllamaError
 from tools.environment import ROOT
 
-COMMANDS = ("convert", "pull", "generate", "chat", "tokenize", "inspect", "verify", "perplexity", "bench")
+COMMANDS = (
+    "convert", "pull", "generate", "chat", "tokenize", "inspect", "verify", "trace", "compare", "perplexity", "bench",
+)  # fmt: skip
 CLASSES = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, NpllamaError)]
 HEAVY = ("numpy", "numba", "tiktoken", "rich", "jinja2", "torch", "blobfile")
 
@@ -67,7 +69,8 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     "arguments",
     [[], ["bogus"], ["generate"], ["generate", "m", "x", "-n", "0"], ["generate", "m", "x", "--backend", "torch"],
-     ["convert", "a"], ["bench", "m", "--threads", "many"], ["trace", "m", "x", "-o", "t"]],
+     ["convert", "a"], ["bench", "m", "--threads", "many"], ["trace", "m", "x"],
+     ["trace", "m", "-o", "t", "--tokens", "1,-2"], ["compare", "a"]],
 )  # fmt: skip
 def test_a_wrong_call_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2

@@ -36,7 +36,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "dtypes", "errors", "strict_json", "version"},
     "text": {"errors"},
     "generation": {"model", "cache", "text", "errors"},
-    "check": {"taps", "config", "model", "ops", "checkpoint.store", "errors", "strict_json"},
+    "check": {
+        "taps",
+        "config",
+        "model",
+        "ops",
+        "checkpoint.rope",
+        "checkpoint.store",
+        "dtypes",
+        "errors",
+        "strict_json",
+    },
     "loading": {ANYTHING},
     "explain": {ANYTHING},
     "cli": {ANYTHING},
@@ -52,8 +62,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint.store",
         "check.trace",
         "check.compare",
+        "check.reports",
     },
 }
+#: The oracle's command line: it runs the engine, by its public names, and judges it.
+ORACLE_COMMANDS = {"oracle.__main__", "oracle.check"}
+MAY_IMPORT["oracle's commands"] = {"oracle", "__init__", "check", *MAY_IMPORT["oracle"]}
 #: What only these may import, whatever the table says: the ends of the flow, where everything meets.
 IMPORTED_ONLY_BY = {"cli": {"__main__"}, "commands": {"cli"}, "explain": {"cli", "commands", "__init__"}}
 
@@ -70,7 +84,7 @@ def room_of(module: str) -> str:
     """Return the room of a module: ``npllama.text.chat`` is in ``text``, ``npllama`` itself is ``__init__``."""
     parts = module.split(".")
     if parts[0] == "oracle":
-        return "oracle"
+        return "oracle's commands" if module in ORACLE_COMMANDS else "oracle"
     return parts[1] if len(parts) > 1 else "__init__"
 
 
@@ -125,6 +139,10 @@ def test_rooms_import_only_what_the_table_allows() -> None:
         ("oracle.model", "npllama.taps", True),
         ("oracle.model", "npllama.ops", False),
         ("oracle.model", "npllama", False),
+        ("oracle.check", "npllama", True),
+        ("oracle.check", "npllama.check.diagnose", True),
+        ("oracle.check", "npllama.ops", False),
+        ("oracle.llama", "oracle.check", False),
         ("npllama.cli", "oracle.model", False),
         ("npllama.nowhere", "npllama.errors", False),
     ],

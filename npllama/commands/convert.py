@@ -6,6 +6,7 @@ import argparse
 
 from npllama.checkpoint.convert import convert
 from npllama.commands.console import Progress
+from npllama.commands.verify import record
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,5 +23,7 @@ def run(options: argparse.Namespace) -> int:
             allow_nan=options.allow_nan,
             progress=progress,
         )
+    if options.golden:
+        record(folder)
     print(folder)
     return 0

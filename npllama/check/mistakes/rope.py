@@ -1,0 +1,191 @@
+"""Mistakes in RoPE: its frequencies, its layout, its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from npllama.check.mistakes.entry import Altered, Array, Mistake, Plant, Way, decodes, shown
+from npllama.check.rerun import Rerun, Seen
+from npllama.checkpoint.rope import inverse_frequencies
+from npllama.config import ModelConfig, RopeScaling
+
+
+def frequencies_of(change: Callable[[ModelConfig], ModelConfig | None]) -> Plant:
+    """Turn with the frequencies of another configuration; no mistake when they are the model's own."""
+
+    def plant(run: Rerun) -> Rerun | None:
+        config = change(run.config)
+        if config is None or config == run.config:
+            return None
+        own = run.config.rope_scaling
+        divisors = None
+        if own is not None and own.kind == "factors":
+            # They came as a tensor of the checkpoint, and are found again in the frequencies they were applied to.
+            divisors = inverse_frequencies(replace(run.config, rope_scaling=None)) / run.weights.rope_freqs
+        freqs = inverse_frequencies(config, divisors)
+        return replace(run, weights=replace(run.weights, rope_freqs=freqs))
+
+    return plant
+
+
+def theta(value: float) -> Plant:
+    """Turn with another base."""
+    return frequencies_of(lambda config: replace(config, rope_theta=value))
+
+
+def factor(value: float) -> Plant:
+    """Stretch the frequencies as Llama 3.1 does, by another factor than the model's."""
+
+    def change(config: ModelConfig) -> ModelConfig | None:
+        scaling = config.rope_scaling or RopeScaling("llama3")
+        return replace(config, rope_scaling=replace(scaling, factor=value)) if scaling.kind == "llama3" else None
+
+    return frequencies_of(change)
+
+
+def to_pairs(x: Array) -> Array:
+    """Reorder the last axis (Dh) from halves ``[x0 x1 .. | y0 y1 ..]`` to interleaved pairs ``[x0 y0 x1 y1 ..]``."""
+    return np.ascontiguousarray(x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2)).reshape(x.shape)
+
+
+def to_halves(x: Array) -> Array:
+    """Reorder the last axis (Dh) from interleaved pairs to halves."""
+    return np.ascontiguousarray(x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2)).reshape(x.shape)
+
+
+def on_halves(run: Rerun) -> Rerun:
+    """Turn number j with number j + Dh/2, although the rows are in pairs."""
+    rope = run.ops.apply_rope
+    return run.with_ops(apply_rope=lambda x, cos, sin: to_halves(rope(to_pairs(x), cos, sin)))
+
+
+def backwards(run: Rerun) -> Rerun:
+    """Turn by the negative angle."""
+    rope = run.ops.apply_rope
+    return run.with_ops(apply_rope=lambda x, cos, sin: rope(x, cos, -sin))
+
+
+def rows_in(order: Callable[[Array], Array]) -> Plant:
+    """Take the rows of wq and wk for ones in another order within each head."""
+    return shown(q=lambda x, seen: order(x), k=lambda x, seen: order(x))
+
+
+def positions(place: Callable[[int], int], *, decoding: bool = False) -> Plant:
+    """Let a forward call that begins at ``start`` believe that it begins at ``place(start)``."""
+
+    def plant(run: Rerun) -> Rerun | None:
+        tables = run.ops.rope_tables
+        changed = run.with_ops(rope_tables=lambda freqs, start, count: tables(freqs, place(start), count))
+        return None if decoding and not decodes(run) else changed
+
+    return plant
+
+
+def values_turned(run: Rerun) -> Rerun:
+    """Turn the values as well, on their way into the cache."""
+
+    def altered(cache: Any, seen: Seen) -> Any:
+        def append(layer: int, k: Array, v: Array) -> Any:
+            tables = run.ops.rope_tables(run.weights.rope_freqs, cache.length, len(v))
+            return cache.append(layer, k, run.ops.apply_rope(v, *tables))
+
+        return Altered(cache, append=append)
+
+    return replace(run, cache=altered)
+
+
+Q_ROPE, K_ROPE = "layers.0.q_rope", "layers.0.k_rope"
+
+ENTRIES = (
+    Mistake(
+        "rope-theta",
+        "The base of the RoPE frequencies is not the model's.",
+        "q_rope and k_rope differ from position 1 on, in all pairs but the first; short prompts still read well.",
+        "Read rope_theta from the checkpoint: 10000 for Llama 1 and 2, 500000 for Llama 3.",
+        tuple(Way(f"{value:.0f}", Q_ROPE, theta(value)) for value in (1e4, 1e5, 5e5, 1e6)),
+    ),
+    Mistake(
+        "rope-scaling-missing",
+        "The RoPE frequencies are not stretched, although the model's are.",
+        "q_rope and k_rope differ in the slow pairs only, more with every position; long texts fall apart.",
+        "Apply the checkpoint's rope_scaling; Meta's params.json only says use_scaled_rope.",
+        (Way("", Q_ROPE, frequencies_of(lambda config: replace(config, rope_scaling=None))),),
+    ),
+    Mistake(
+        "rope-scaling-factor",
+        "The RoPE frequencies are stretched by a factor that is not the model's.",
+        "q_rope and k_rope differ in the slow pairs only, and by little at short distances.",
+        "The factor is 8 for Llama 3.1 and 3.3, 32 for Llama 3.2 1B and 3B; Llama 3.0 has none.",
+        tuple(Way(f"{value:.0f}", Q_ROPE, factor(value)) for value in (8.0, 32.0)),
+    ),
+    Mistake(
+        "rope-on-halves",
+        "RoPE turns number j with number j + Dh/2, but the rows are in interleaved pairs.",
+        "q_rope and k_rope differ everywhere but at position 0; the text is fluent for some words, then rubbish.",
+        "Turn neighbours, (x[2j], x[2j+1]), or bring the rows of wq and wk into halves first.",
+        (Way("", Q_ROPE, on_halves),),
+    ),
+    Mistake(
+        "rope-row-order",
+        "The rows of wq and wk are in another order than RoPE expects.",
+        "q and k differ already, as permutations within each head, at every position.",
+        "Hugging Face's rows are in halves, Meta's in pairs: permute once, and K by its own number of heads.",
+        (
+            Way("left in halves", "layers.0.q", rows_in(to_halves)),
+            Way("permuted twice", "layers.0.q", rows_in(to_pairs)),
+        ),
+    ),
+    Mistake(
+        "rope-backwards",
+        "RoPE turns by the negative angle.",
+        "q_rope and k_rope differ from position 1 on, at exactly the right length.",
+        "A pair is (a cos - b sin, a sin + b cos): look for a swapped sign or swapped halves.",
+        (Way("", Q_ROPE, backwards),),
+    ),
+    Mistake(
+        "rope-missing",
+        "Queries, keys or both are not turned at all.",
+        "q_rope equals q, or k_rope equals k; word order hardly matters to the model.",
+        "Apply RoPE to queries and keys, before keys go into the cache.",
+        (
+            Way("queries and keys", Q_ROPE, shown(q_rope=lambda x, seen: seen["q"], k_rope=lambda x, seen: seen["k"])),
+            Way("queries", Q_ROPE, shown(q_rope=lambda x, seen: seen["q"])),
+            Way("keys", K_ROPE, shown(k_rope=lambda x, seen: seen["k"])),
+        ),
+    ),
+    Mistake(
+        "rope-on-values",
+        "RoPE is applied to the values as well.",
+        "Probabilities are right, but the context differs from position 1 on.",
+        "Turn queries and keys only.",
+        (Way("", "layers.0.context", values_turned),),
+    ),
+    Mistake(
+        "positions-off-by-one",
+        "Positions are counted from one, or from minus one.",
+        "q_rope and k_rope differ, the logits do not: RoPE sees distances only.",
+        "The first token is at position 0, BOS included.",
+        (
+            Way("one ahead", Q_ROPE, positions(lambda start: start + 1)),
+            Way("one behind", Q_ROPE, positions(lambda start: start - 1)),
+        ),
+    ),
+    Mistake(
+        "positions-at-decode",
+        "The prefill has the right positions, the decode steps have not.",
+        "The prefill is perfect; q_rope and k_rope differ at the first decode step.",
+        "A decode step is at the position that equals the number of cached ones.",
+        tuple(
+            Way(label, Q_ROPE, positions(place, decoding=True), step=1)
+            for label, place in (
+                ("one ahead", lambda start: start + (start > 0)),
+                ("one behind", lambda start: start - (start > 0)),
+                ("from zero again", lambda start: 0),
+            )
+        ),
+    ),
+)
