@@ -263,7 +263,8 @@ def _conclusion(report: Report) -> dict[str, Any]:
         found[row.verdict].append(row)
     part = f"{len(report.rows)} of {len(report.rows) + len(report.missing)} tensors of the reference were compared"
     if found["differs"]:
-        first = found["differs"][0]
+        # Once something is wrong, the first tensor beyond the noise is where it began, clear or not by itself.
+        first = next(row for row in report.rows if row.verdict == "differs" or _is_doubtful(row))
         where = f"{first.name} of {'the prefill' if first.step == 0 else f'decode step {first.step}'}"
         what = first.finding or _excess(first)
         origin = {"local": ", by its own doing", "inherited": ", from inputs that already differ"}.get(
@@ -285,6 +286,11 @@ def _conclusion(report: Report) -> dict[str, Any]:
             "reason": f"Nothing is clearly wrong, but {worst.name} of step {worst.step} is not clearly right: {what}.",
         }
     return {"verdict": "match", "reason": f"Everything agrees to within rounding; {part}."}
+
+
+def _is_doubtful(row: TapRow) -> bool:
+    """Tell whether a tensor was measured and found above the noise, but not far enough to be called wrong."""
+    return row.verdict == "cannot tell" and row.ratio is not None and not row.finding
 
 
 def _excess(row: TapRow) -> str:

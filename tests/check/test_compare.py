@@ -206,6 +206,13 @@ def test_a_wrong_constant_differs_first_at_its_tap(
         assert row.ratio > 1e5
 
 
+def test_once_something_differs_the_first_tensor_above_the_noise_is_where_it_began(reference: Any, truth: Any) -> None:
+    slight = {("layers.0.v", 0): lambda x: x * np.float32(1 + 1e-6)}
+    assert compare(edited(reference, slight), reference, truth).verdict == "cannot tell"
+    report = compare(edited(reference, {**slight, ("layers.1.up", 0): lambda x: x * np.float32(1.1)}), reference, truth)
+    assert (report.verdict, report.first_divergence, report.step) == ("differs", "layers.0.v", 0)
+
+
 def test_a_mistake_of_decoding_shows_at_its_step_behind_a_perfect_prefill(reference: Any, truth: Any) -> None:
     def shifted(x: Any) -> Any:
         return x[:, ::-1]

@@ -56,8 +56,7 @@ def test_the_compiled_engine_on_bfloat16_weights_is_found_out_as_well(mistake: M
     wrong = candidate([(mistake.name, way.label)], config, backend="fast", dtype="bfloat16")
     truth, reference = traces(config, "bfloat16")
     report = compare(wrong, reference, truth)
-    assert report.verdict == "differs"
-    assert next((row.name, row.step) for row in report.rows if row.verdict != "match") == visible(way, wrong)
+    assert (report.verdict, report.first_divergence, report.step) == ("differs", *visible(way, wrong))
     found = diagnose(truth_model(config, "bfloat16"), wrong)
     assert (found.verdict, found.name, found.way) == ("named", mistake.name, way.label)
 
