@@ -19,7 +19,7 @@ def linear(x: Array, weight: Tensor) -> Array:
     """Multiply rows by a weight matrix: ``y = x · weightᵀ``. See `npllama.ops.linear`."""
     n_new, (m, n) = x.shape[0], weight.shape
     y = np.empty((n_new, m), np.float32)
-    product = _serial if n_new * m * n < _SMALL else _parallel
+    product = _alone if n_new * m * n < _SMALL else _shared
     product(x, weight.data, y)
     return y
 
@@ -29,25 +29,42 @@ def linears(x: Array, weights: Sequence[Tensor]) -> tuple[Array, ...]:
     return tuple(linear(x, weight) for weight in weights)
 
 
-def _product(x: Array, weight: Array, y: Array) -> None:
-    """Fill y (T, M) with x (T, N) · weight (M, N)ᵀ.
+# Two functions, not one compiled twice: Numba's disk cache knows a kernel by its name, not by how it was compiled.
 
-    Bands of four weight rows are dealt out in contiguous runs, one run a thread, so each thread streams its own part of
-    the matrix once. Within a band, tiles of 4 rows by 4 tokens use every number that is loaded four times; what does
-    not fill a tile is done one dot product at a time. An output is always one thread's sum in one order: the numbers do
-    not depend on how many threads there are.
+
+@compiled(parallel=True)
+def _shared(x: Array, weight: Array, y: Array) -> None:
+    """Fill y (T, M) with x (T, N) · weight (M, N)ᵀ, the rows of the weight shared between threads.
+
+    Bands of four weight rows are dealt out in contiguous runs, so each thread streams its own part of the matrix once.
+    An output is always one thread's sum in one order: the numbers do not depend on how many threads there are.
+    """
+    for band in prange((y.shape[1] + 3) // 4):
+        _band(x, weight, y, 4 * band)
+
+
+@compiled()
+def _alone(x: Array, weight: Array, y: Array) -> None:
+    """Fill y like `_shared`, on the calling thread."""
+    for band in range((y.shape[1] + 3) // 4):
+        _band(x, weight, y, 4 * band)
+
+
+@compiled(inline=True)
+def _band(x: Array, weight: Array, y: Array, first: int) -> None:
+    """Fill the columns of y from ``first`` on that belong to four weight rows, or to as many as are left.
+
+    Tiles of four rows by four tokens use every number that is loaded four times; what does not fill a tile is done one
+    dot product at a time.
     """
     n_new, m = y.shape
-    tiled = n_new - n_new % 4 if m >= 4 else 0
-    for band in prange((m + 3) // 4):
-        first = 4 * band
-        rows = min(4, m - first)
-        done = tiled if rows == 4 else 0
-        for t in range(0, done, 4):
-            _tile(x[t : t + 4], weight[first : first + 4], y[t : t + 4, first : first + 4])
-        for t in range(done, n_new):
-            for i in range(first, first + rows):
-                y[t, i] = _dot(x[t], weight[i])
+    rows = min(4, m - first)
+    done = n_new - n_new % 4 if rows == 4 else 0
+    for t in range(0, done, 4):
+        _tile(x[t : t + 4], weight[first : first + 4], y[t : t + 4, first : first + 4])
+    for t in range(done, n_new):
+        for i in range(first, first + rows):
+            y[t, i] = _dot(x[t], weight[i])
 
 
 @compiled(inline=True)
@@ -76,7 +93,3 @@ def _tile(x: Array, w: Array, y: Array) -> None:
     y[1, 0], y[1, 1], y[1, 2], y[1, 3] = b0, b1, b2, b3
     y[2, 0], y[2, 1], y[2, 2], y[2, 3] = c0, c1, c2, c3
     y[3, 0], y[3, 1], y[3, 2], y[3, 3] = d0, d1, d2, d3
-
-
-_serial = compiled()(_product)
-_parallel = compiled(parallel=True)(_product)

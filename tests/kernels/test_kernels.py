@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -142,19 +146,25 @@ def test_nothing_is_left_to_compile_after_the_warm_up(dtype: str) -> None:
     assert _signatures() == compiled
 
 
-def _signatures() -> dict[str, list[str]]:
-    """Return the compiled signatures of every kernel."""
-    import importlib
-    import pkgutil
+def test_no_two_kernels_share_a_place_in_the_disk_cache() -> None:
+    """Numba files a compiled kernel under its module and name: a second one there would get the first one's code."""
+    places = [(kernel.py_func.__module__, kernel.py_func.__qualname__) for kernel in _kernels().values()]
+    assert len(places) == len(set(places)) > 8
 
+
+def _kernels() -> dict[int, Any]:
+    """Return every compiled function of the package once, by its identity."""
     modules = [
         importlib.import_module(f"npllama.kernels.{info.name}") for info in pkgutil.iter_modules(kernels.__path__)
     ]
+    return {id(value): value for module in modules for value in vars(module).values() if hasattr(value, "py_func")}
+
+
+def _signatures() -> dict[str, list[str]]:
+    """Return the compiled signatures of every kernel."""
     return {
-        f"{module.__name__}.{name}": [str(signature) for signature in value.signatures]
-        for module in modules
-        for name, value in vars(module).items()
-        if hasattr(value, "signatures")
+        f"{kernel.py_func.__module__}.{kernel.py_func.__qualname__}": [str(found) for found in kernel.signatures]
+        for kernel in _kernels().values()
     }
 
 
