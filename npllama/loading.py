@@ -107,14 +107,18 @@ def _compile(dtype: str, progress: Progress | None) -> None:
 
 
 def _limit_threads(threads: int | None, backend: str) -> int:
-    """Give Numba and BLAS the same number of threads, and return it."""
+    """Give the threads to whoever does the work, Numba or BLAS, and return their number.
+
+    BLAS threads go on spinning for a while after a product. Beside kernels that are waiting for the processors they
+    halve the speed, so BLAS has one thread where Numba has the others.
+    """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = available if threads is None else threads
     if not 1 <= count <= available:
         raise ParameterError(f"{count} threads were asked for; this process may use 1 to {available}")
     import threadpoolctl
 
-    threadpoolctl.threadpool_limits(count, user_api="blas")
+    threadpoolctl.threadpool_limits(1 if backend == "fast" else count, user_api="blas")
     if backend == "fast":
         from npllama.kernels.threads import use_threads
 

@@ -13,6 +13,8 @@ from npllama.kernels.jit import compiled, widened
 
 #: Multiplications below which waking the other threads costs more than it saves.
 _SMALL = 1 << 18
+#: Bytes of input that are multiplied in one pass over the weights: they are read again for every row, from the cache.
+_PASS_BYTES = 1 << 20
 
 
 def linear(x: Array, weight: Tensor) -> Array:
@@ -20,7 +22,9 @@ def linear(x: Array, weight: Tensor) -> Array:
     n_new, (m, n) = x.shape[0], weight.shape
     y = np.empty((n_new, m), np.float32)
     product = _alone if n_new * m * n < _SMALL else _shared
-    product(x, weight.data, y)
+    rows = max(4, _PASS_BYTES // (4 * n) // 4 * 4)  # whole tiles
+    for start in range(0, n_new, rows):
+        product(x[start : start + rows], weight.data, y[start : start + rows])
     return y
 
 

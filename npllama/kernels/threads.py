@@ -26,9 +26,9 @@ def find_tbb() -> bool:
     """Load the TBB runtime that the package index brings, so that Numba can use it; tell whether that worked.
 
     A token passes through hundreds of short parallel loops. With OpenMP each of them waits for every thread to have its
-    turn on a processor: beside one other busy program that costs a time slice a loop, and a model runs ten times slower
-    than on a single thread. TBB's threads take work from one another, so that whoever runs gets it done. pip installs
-    the runtime where no loader looks for it; once it is in the process, Numba's own library is linked to it.
+    turn on a processor: beside one other busy program that costs a time slice a loop, and two threads were seen to be
+    four times slower than one. TBB's threads take work from one another, so that whoever runs gets it done. pip
+    installs the runtime where no loader looks for it; once it is in the process, Numba's own library is linked to it.
     """
     with suppress(metadata.PackageNotFoundError, OSError):
         for file in metadata.files("tbb") or ():

@@ -48,6 +48,13 @@ def test_linear(n_new: int, dtype: str, m: int, n: int) -> None:
     assert_close(kernels.linear(x, weight), ops.linear(*wide(x), weight))
 
 
+def test_linear_in_several_passes_equals_linear_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = normal(23, 64), stored(normal(29, 64), "bfloat16")
+    whole = kernels.linear(x, weight)
+    monkeypatch.setattr("npllama.kernels.matmul._PASS_BYTES", 8 * 64 * 4)
+    np.testing.assert_array_equal(kernels.linear(x, weight), whole)
+
+
 @pytest.mark.parametrize("n_new", [1, 8, 30])
 @pytest.mark.parametrize("m", [3, 128, 131])
 def test_linear_shared_between_threads_equals_linear_on_one(
