@@ -38,7 +38,7 @@ def load(
     backend : {"fast", "numpy", "float64"}
         Compiled kernels; the textbook in float32, without Numba; or the textbook in float64, the truth.
     threads : int, optional
-        Threads for Numba and BLAS together; by default the processors that this process may use.
+        Threads that the kernels, or without them BLAS, may use; by default the processors of this process.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
     progress : callable, optional
@@ -61,7 +61,9 @@ def load(
     operations: Any = ops if backend != "fast" else _with_kernels()
     count = _limit_threads(threads, backend)
     if backend == "fast":
-        _compile(weights.output.dtype, progress)
+        from npllama.kernels.warmup import compile_kernels
+
+        compile_kernels(weights.output.dtype, progress)
     tokenizer = None
     if store.tokenizer_folder is not None:
         tokenizer = text.Tokenizer.from_path(store.tokenizer_folder, special_tokens=special_tokens)
@@ -98,12 +100,6 @@ def _with_kernels() -> SimpleNamespace:
             remedy="Install numba, or choose the numpy backend.",
         ) from None
     return SimpleNamespace(**{**vars(ops), **{name: getattr(kernels, name) for name in kernels.__all__}})
-
-
-def _compile(dtype: str, progress: Progress | None) -> None:
-    from npllama.kernels.warmup import compile_kernels
-
-    compile_kernels(dtype, progress)
 
 
 def _limit_threads(threads: int | None, backend: str) -> int:

@@ -169,7 +169,7 @@ class Model:
     backend : str
         "fast", "numpy" or "float64".
     threads : int
-        Threads that Numba and BLAS were given.
+        Threads that do its work: Numba's with the fast backend, BLAS's with the others.
     tokenizer : Tokenizer or None
         None for a store that takes and gives token ids only.
     notice : str or None
