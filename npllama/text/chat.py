@@ -129,11 +129,7 @@ def _from_template(
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
-    ids: list[int] = []
-    for piece in tokenizer.split_special(render(without_surrogates(template), variables, shield)):
-        if isinstance(piece, int):
-            ids.append(piece)
-        else:
-            ids += tokenizer.encode(shield.show(piece), bos=False)
+    pieces = tokenizer.split_special(render(without_surrogates(template), variables, shield))
+    ids = tokenizer.encode_pieces(piece if isinstance(piece, int) else shield.show(piece) for piece in pieces)
     bos = tokenizer.encode("")
     return ids if ids[: len(bos)] == bos else bos + ids

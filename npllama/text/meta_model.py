@@ -10,8 +10,9 @@ import base64
 import binascii
 from typing import Literal
 
-from npllama.errors import EmptyFileError, ParameterError, TokenizerError, UnsupportedError
-from npllama.text.vocabulary import RunLimits, Vocabulary
+from npllama.errors import EmptyFileError, ParameterError, TokenizerError
+from npllama.text.byte_level import ByteLevel, RunLimits
+from npllama.text.vocabulary import Special, Vocabulary
 
 Release = Literal["3", "3.1"]
 
@@ -100,19 +101,11 @@ def read_ranks(data: bytes, source: str) -> dict[bytes, int]:
     ------
     EmptyFileError
         No content.
-    UnsupportedError
-        A SentencePiece model (Llama 1 and 2).
     TokenizerError
         Anything that is not one line per rank, in order; the message has the line number.
     """
     if not data:
         raise EmptyFileError("the file is empty", file=source, remedy="Fetch tokenizer.model again.")
-    if _is_sentencepiece(data):
-        raise UnsupportedError(
-            "a SentencePiece model, as Llama 1 and 2 have it; expected the text file of Llama 3",
-            file=source,
-            remedy="Use the tokenizer.model that came with the Llama 3 weights.",
-        )
     ranks: dict[bytes, int] = {}
     lines = data.split(b"\n")
     if lines[-1] == b"":
@@ -143,21 +136,14 @@ def read_meta_model(data: bytes, source: str, version: Release = "3.1") -> Vocab
     ranks = read_ranks(data, source)
     special = special_tokens(version)
     return Vocabulary(
-        pattern=LLAMA3_PATTERN,
-        ranks=ranks,
-        ids=range(N_RANKS),
+        encoder=ByteLevel(LLAMA3_PATTERN, ranks, range(N_RANKS)),
         tokens={rank: token for token, rank in ranks.items()},
-        special=special,
-        limits=META_LIMITS,
+        special=Special(ids=special),
+        cut=META_LIMITS.cut,
         bos=special["<|begin_of_text|>"],
         adds_bos=True,
         stop_ids=frozenset(special[name] for name in _STOPS[version]),
     )
-
-
-def _is_sentencepiece(data: bytes) -> bool:
-    """Tell a SentencePiece protobuf: its first field (pieces, number 1, a nested message) holds the text ``<unk>``."""
-    return data[:1] == b"\x0a" and b"<unk>" in data[:64]
 
 
 def _line_error(what: str, number: int, source: str) -> TokenizerError:

@@ -1,4 +1,4 @@
-"""What the files beside a ``tokenizer.json`` say: beginning and end of a text, and the chat template."""
+"""What the files beside a tokenizer say: beginning and end of a text, and the chat template."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 def with_settings(vocabulary: Vocabulary, files: Mapping[str, bytes], source: str) -> Vocabulary:
     """Add to a vocabulary what the files beside it say.
 
-    - BOS: ``bos_token`` and ``add_bos_token`` of tokenizer_config.json, where they are there, win over the
-      post-processor.
-    - Stop ids: ``eos_token`` of tokenizer_config.json and every ``eos_token_id`` of generation_config.json.
+    - BOS: ``bos_token`` and ``add_bos_token`` of tokenizer_config.json, where they are there, win over what the
+      tokenizer's own file says.
+    - Stop ids: ``eos_token`` of tokenizer_config.json, else what the tokenizer's own file says; and every
+      ``eos_token_id`` of generation_config.json.
     - Chat template: chat_template.jinja, else ``chat_template`` of tokenizer_config.json (of several the "default").
 
     Raises
@@ -45,13 +46,14 @@ def with_settings(vocabulary: Vocabulary, files: Mapping[str, bytes], source: st
         raise tokenizer_error("add_eos_token is true: a prompt that ends with EOS cannot be continued", place)
     stops = _ids(generation.get("eos_token_id"), f"{source}:{GENERATION_CONFIG}")
     eos = _token_id(vocabulary, names.get("eos_token"), "eos_token", place)
+    own = vocabulary.stop_ids if eos is None else {eos}
     return replace(
         vocabulary,
         bos=bos,
         adds_bos=adds_bos,
-        stop_ids=frozenset(stops if eos is None else [*stops, eos]),
+        stop_ids=frozenset(stops).union(own),
         chat_template=_chat_template(files, config, source),
-        template_names=names,
+        template_names={**vocabulary.template_names, **names},
     )
 
 
@@ -70,8 +72,8 @@ def _token_text(value: Any, key: str, place: str) -> str | None:
 def _token_id(vocabulary: Vocabulary, text: str | None, key: str, place: str) -> int | None:
     if text is None:
         return None
-    if text in vocabulary.special:
-        return vocabulary.special[text]
+    if text in vocabulary.special.ids:
+        return vocabulary.special.ids[text]
     encoded = text.encode("utf-8", "replace")
     for index, token in vocabulary.tokens.items():
         if token == encoded:

@@ -2,69 +2,69 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+#: Where an encoder puts a space that is no part of the text: nowhere, before the text, or before each piece of it
+#: (the beginning, and what follows a special token).
+AddedSpace = Literal["none", "first", "each"]
 
 
-@dataclass(frozen=True, slots=True)
-class RunLimits:
-    """Where over-long text is cut before it is split into words.
+class Encoder(Protocol):
+    """Turns ordinary text, in which nothing is a special token, into ids."""
+
+    def encode(self, text: str, *, first: bool) -> list[int]:
+        """Turn ordinary text into ids.
+
+        Parameters
+        ----------
+        text : str
+            Any text; a lone surrogate becomes U+FFFD. No text has no ids.
+        first : bool
+            Nothing stands before it; otherwise a special token does.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Special:
+    """The tokens that are recognised as a whole, and only where that is asked for.
 
     Attributes
     ----------
-    piece : int or None
-        Texts are first cut every so many characters; None leaves them whole.
-    pattern : str
-        Regular expression of one character whose runs are too long; alternatives separated by ``|``.
-    run : int
-        A run longer than this is cut every ``run`` characters.
+    ids : mapping of str to int
+        Text -> id.
+    take_before, take_behind : frozenset of str
+        Texts of the tokens that take white space before or behind them with them.
     """
 
-    piece: int | None
-    pattern: str
-    run: int
-
-    def cut(self, text: str) -> Iterator[str]:
-        """Yield the parts of ``text``, in order; together they are ``text``."""
-        kinds = "|".join(f"{kind}{{{self.run + 1},}}" for kind in self.pattern.split("|"))
-        long_run = re.compile(kinds)
-        size = self.piece or max(len(text), 1)
-        for start in range(0, len(text), size):
-            piece = text[start : start + size]
-            done = 0
-            for found in long_run.finditer(piece):
-                for stop in range(found.start() + self.run, found.end(), self.run):
-                    yield piece[done:stop]
-                    done = stop
-            yield piece[done:]
+    ids: Mapping[str, int]
+    take_before: frozenset[str] = frozenset()
+    take_behind: frozenset[str] = frozenset()
 
 
-def unchanged(text: str) -> str:
-    """Return the text as it is: the preparation of tokenizers that need none."""
-    return text
+def whole(text: str) -> Iterable[str]:
+    """Return the text in one part: the cut of encoders that take text of any length."""
+    return (text,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A byte-level byte-pair tokenizer as data.
+    """A checkpoint's tokenizer as data.
 
     Attributes
     ----------
-    pattern : str
-        Regular expression (fancy-regex) whose matches are the words that are encoded one by one.
-    ranks : mapping of bytes to int
-        Bytes of a token -> the order in which pairs merge into it; every single byte has a rank.
-    ids : sequence of int
-        Rank -> token id; -1 for a byte that the vocabulary lacks, which is left out of the result.
+    encoder : Encoder
+        Makes ids of ordinary text.
     tokens : mapping of int to bytes
         Token id -> its bytes, for ordinary tokens, those that text never encodes to included.
-    special : mapping of str to int
-        Text of a special token -> its id.
-    limits : RunLimits
-        Where over-long text is cut.
-    prepare : callable
-        Applied to ordinary text before it is encoded: Unicode normalisation and the like.
+    special : Special
+        The special tokens.
+    cut : callable
+        Text -> its parts, in order: over-long text is cut before special tokens are looked for.
+    added_space : {"none", "first", "each"}
+        Where ``encoder`` puts a space of its own, which decoding takes away.
     bos : int or None
         Id of the token that begins a text.
     adds_bos : bool
@@ -77,13 +77,11 @@ class Vocabulary:
         ``bos_token`` and the like: the special tokens that a chat template may name.
     """
 
-    pattern: str
-    ranks: Mapping[bytes, int]
-    ids: Sequence[int]
+    encoder: Encoder
     tokens: Mapping[int, bytes]
-    special: Mapping[str, int]
-    limits: RunLimits
-    prepare: Callable[[str], str] = unchanged
+    special: Special
+    cut: Callable[[str], Iterable[str]] = whole
+    added_space: AddedSpace = "none"
     bos: int | None = None
     adds_bos: bool = False
     stop_ids: frozenset[int] = frozenset()

@@ -288,7 +288,6 @@ def test_a_file_without_a_chat_template_has_none() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "kind 'llama'"),
         ({"model": "bert"}, "kind 'bert'"),
         ({"pre": "tekken"}, "pre-tokenizer is 'tekken'"),
         ({"pre": None}, "pre-tokenizer is None"),

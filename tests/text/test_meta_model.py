@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from npllama.errors import EmptyFileError, NpllamaError, ParameterError, TokenizerError, UnsupportedError
+from npllama.errors import EmptyFileError, NpllamaError, ParameterError, TokenizerError
+from npllama.text.byte_level import RunLimits
 from npllama.text.meta_model import META_LIMITS, N_RANKS, read_meta_model, read_ranks, special_tokens
 from npllama.text.tokenizer import Tokenizer
-from npllama.text.vocabulary import RunLimits
 from tests.text.samples import hard_strings, own_source
 
 ANSWER = [128000, 1820, 4320, 311, 279, 17139, 3488, 315, 2324, 11, 279, 15861, 11, 323, 4395, 374, 220]
@@ -73,12 +72,6 @@ def test_any_other_number_of_ranks_is_an_error(count: int) -> None:
 def test_a_file_cut_in_a_line_is_an_error(well_formed: list[bytes]) -> None:
     with pytest.raises(TokenizerError, match="line 128000"):
         read_ranks(joined(well_formed)[:-4], "tokenizer.model")
-
-
-def test_a_sentencepiece_model_is_named(tmp_path: Path) -> None:
-    data = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00\x00\x00\x18\x03"
-    with pytest.raises(UnsupportedError, match="SentencePiece"):
-        read_ranks(data, "tokenizer.model")
 
 
 @pytest.mark.parametrize(
