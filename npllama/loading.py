@@ -13,8 +13,9 @@ import numpy as np
 from npllama import ops
 from npllama.checkpoint.store import Store
 from npllama.errors import BackendError, ParameterError
-from npllama.model import Model, gather_weights
+from npllama.model import Model
 from npllama.text import tokenizer as text
+from npllama.weights import gather_weights
 
 Progress = Callable[[str, int, int], None]
 
@@ -26,6 +27,7 @@ def load(
     *,
     backend: str = "fast",
     threads: int | None = None,
+    kernels: str | None = None,
     special_tokens: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Model:
@@ -39,6 +41,8 @@ def load(
         Compiled kernels; the textbook in float32, without Numba; or the textbook in float64, the truth.
     threads : int, optional
         Threads that the kernels, or without them BLAS, may use; by default the processors of this process.
+    kernels : {"amx", "avx512", "portable"}, optional
+        Instructions that the fast backend may use; by default the best that the processor has.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
     progress : callable, optional
@@ -57,13 +61,21 @@ def load(
     if backend not in BACKENDS:
         raise ParameterError(f"the backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     store = Store.open(path)
-    weights = gather_weights(store.config, store.tensor, store.rope_freqs())
-    operations: Any = ops if backend != "fast" else _with_kernels()
+    weights = gather_weights(store.config, store.find, *store.frequencies())
+    if kernels is not None and backend != "fast":
+        raise ParameterError(f"kernels were chosen ({kernels!r}), but the backend is {backend!r}, which has none")
+    operations: Any = ops if backend != "fast" else _with_kernels(kernels)
     count = _limit_threads(threads, backend)
     if backend == "fast":
         from npllama.kernels.warmup import compile_kernels
 
-        compile_kernels(weights.output.dtype, progress)
+        compile_kernels(
+            operations,
+            weights.output.dtype,
+            progress,
+            layer_norm=store.config.norm == "layer",
+            gated=store.config.gated,
+        )
     tokenizer = None
     if store.tokenizer_folder is not None:
         tokenizer = text.Tokenizer.from_path(store.tokenizer_folder, special_tokens=special_tokens)
@@ -90,16 +102,16 @@ def _notice(store: Store) -> str | None:
     )
 
 
-def _with_kernels() -> SimpleNamespace:
+def _with_kernels(path: str | None) -> SimpleNamespace:
     """Return the textbook's operations with every compiled twin in its original's place."""
     try:
-        from npllama import kernels
+        from npllama.kernels.paths import twins
     except ImportError as problem:
         raise BackendError(
             f"the fast backend needs Numba, which cannot be imported: {problem}",
             remedy="Install numba, or choose the numpy backend.",
         ) from None
-    return SimpleNamespace(**{**vars(ops), **{name: getattr(kernels, name) for name in kernels.__all__}})
+    return SimpleNamespace(**{**vars(ops), **twins(path)})
 
 
 def _limit_threads(threads: int | None, backend: str) -> int:

@@ -3,20 +3,23 @@
 The same names serve the engine that emits them, the checker that compares them and the pages that show them.
 
 Axis letters, here and in every shape comment: T new tokens, S all positions so far, D model width, H query heads,
-K key/value heads, R = H / K, Dh head width, F feed-forward width, V vocabulary, L layers.
+K key/value heads, R = H / K, Dh head width, F feed-forward width, V vocabulary, L layers; in a mixture of experts E
+experts, A of them asked for each token, Fe width of one, Fs width of the shared one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from npllama.config import ModelConfig
 from npllama.errors import TapError
 
 Array: TypeAlias = NDArray[Any]
@@ -35,53 +38,89 @@ class TapSpec:
         Axis letters of its shape.
     formula : str
         How it is computed, in the names of the other taps and weights.
+    when : frozenset of str
+        What a model must have for this tap to be in it: words of `ModelConfig.features`.
     """
 
     name: str
     axes: tuple[str, ...]
     formula: str
+    when: frozenset[str]
 
 
-# In the order of the forward pass. Queries and keys are in interleaved pairs; k and v are the new positions' only.
+# In the order of the forward pass. Queries and keys are in interleaved pairs; k and v are the new positions' only. The
+# last column says which models have a tap, in the words of `ModelConfig.features`; "-" is for all.
 _TABLE = """
-tok_embeddings             | T D    | tok_embeddings.weight[tokens]
-layers.{i}.attention_norm  | T D    | x / sqrt(mean(x²) + eps) * attention_norm.weight
-layers.{i}.q               | T H Dh | attention_norm · wqᵀ
-layers.{i}.k               | T K Dh | attention_norm · wkᵀ
-layers.{i}.v               | T K Dh | attention_norm · wvᵀ
-layers.{i}.q_rope          | T H Dh | each pair of q turned by position * freqs
-layers.{i}.k_rope          | T K Dh | each pair of k turned by position * freqs
-layers.{i}.scores          | H T S  | q_rope · keysᵀ / sqrt(Dh), -inf where a key lies in the future
-layers.{i}.probs           | H T S  | softmax(scores) along S
-layers.{i}.context         | T H Dh | probs · values
-layers.{i}.attention_out   | T D    | context · woᵀ
-layers.{i}.resid_mid       | T D    | x + attention_out
-layers.{i}.ffn_norm        | T D    | resid_mid / sqrt(mean(resid_mid²) + eps) * ffn_norm.weight
-layers.{i}.gate            | T F    | ffn_norm · w1ᵀ
-layers.{i}.up              | T F    | ffn_norm · w3ᵀ
-layers.{i}.ffn_act         | T F    | silu(gate) * up
-layers.{i}.ffn_out         | T D    | ffn_act · w2ᵀ
-layers.{i}.resid_post      | T D    | resid_mid + ffn_out
-norm                       | T D    | x / sqrt(mean(x²) + eps) * norm.weight
-logits                     | T V    | norm · outputᵀ
-"""
+tok_embeddings                 | T D    | tok_embeddings.weight[tokens]                                 | -
+pos_embeddings                 | T D    | pos_embeddings.weight[positions]                              | learned
+embeddings                     | T D    | tok_embeddings + pos_embeddings                               | learned
+layers.{i}.attention_norm      | T D    | x / sqrt(mean(x²) + eps) * attention_norm.weight              | pre norm-rms
+layers.{i}.attention_norm      | T D    | (x - mean(x)) / sqrt(var(x) + eps) * attention_norm.weight + attention_norm.bias | pre norm-layer
+layers.{i}.q                   | T H Dh | attention_norm · wqᵀ                                          | -
+layers.{i}.k                   | T K Dh | attention_norm · wkᵀ                                          | -
+layers.{i}.v                   | T K Dh | attention_norm · wvᵀ                                          | -
+layers.{i}.q_norm              | T H Dh | q / sqrt(mean(q²) + eps) * q_norm.weight                      | qk-norm
+layers.{i}.k_norm              | T K Dh | k / sqrt(mean(k²) + eps) * k_norm.weight                      | qk-norm
+layers.{i}.q_rope              | T H Dh | each pair of q turned by position * freqs                     | rope
+layers.{i}.k_rope              | T K Dh | each pair of k turned by position * freqs                     | rope
+layers.{i}.scores              | H T S  | q_rope · keysᵀ / sqrt(Dh), -inf where a key lies in the future | -
+layers.{i}.probs               | H T S  | softmax(scores) along S                                       | -
+layers.{i}.context             | T H Dh | probs · values                                                | -
+layers.{i}.attention_out       | T D    | context · woᵀ                                                 | -
+layers.{i}.attention_out_norm  | T D    | attention_out / sqrt(mean(attention_out²) + eps) * attention_norm.weight | output
+layers.{i}.resid_mid           | T D    | x + attention_out                                             | -
+layers.{i}.resid_mid_norm      | T D    | (x - mean(x)) / sqrt(var(x) + eps) * attention_norm.weight + attention_norm.bias, x = resid_mid | post
+layers.{i}.ffn_norm            | T D    | resid_mid / sqrt(mean(resid_mid²) + eps) * ffn_norm.weight    | pre norm-rms
+layers.{i}.ffn_norm            | T D    | (x - mean(x)) / sqrt(var(x) + eps) * ffn_norm.weight + ffn_norm.bias, x = resid_mid | pre norm-layer
+layers.{i}.gate                | T F    | ffn_norm · w1ᵀ                                                | dense gated
+layers.{i}.up                  | T F    | ffn_norm · w3ᵀ                                                | dense
+layers.{i}.ffn_act             | T F    | silu(gate) * up                                               | dense
+layers.{i}.router_logits       | T E    | ffn_norm · routerᵀ                                            | experts
+layers.{i}.router_probs        | T E    | softmax(router_logits) along E                                | experts
+layers.{i}.router_weights      | T E    | the A largest of router_probs, 0 elsewhere                    | experts
+layers.{i}.expert_gate         | T A Fe | ffn_norm · w1ᵀ of each expert asked, in ascending order       | experts
+layers.{i}.expert_up           | T A Fe | ffn_norm · w3ᵀ of each expert asked                           | experts
+layers.{i}.expert_act          | T A Fe | silu(expert_gate) * expert_up                                 | experts
+layers.{i}.expert_out          | T A D  | expert_act · w2ᵀ of each expert asked                         | experts
+layers.{i}.shared_gate         | T Fs   | ffn_norm · shared.w1ᵀ                                         | shared
+layers.{i}.shared_up           | T Fs   | ffn_norm · shared.w3ᵀ                                         | shared
+layers.{i}.shared_act          | T Fs   | silu(shared_gate) * shared_up                                 | shared
+layers.{i}.shared_weight       | T 1    | sigmoid(ffn_norm · shared.routerᵀ)                            | shared
+layers.{i}.shared_out          | T D    | shared_act · shared.w2ᵀ * shared_weight                       | shared
+layers.{i}.ffn_out             | T D    | ffn_act · w2ᵀ                                                 | dense
+layers.{i}.ffn_out             | T D    | sum of router_weights * expert_out (+ shared_out)             | experts
+layers.{i}.ffn_out_norm        | T D    | ffn_out / sqrt(mean(ffn_out²) + eps) * ffn_norm.weight        | output
+layers.{i}.resid_post          | T D    | resid_mid + ffn_out                                           | -
+layers.{i}.resid_post_norm     | T D    | (x - mean(x)) / sqrt(var(x) + eps) * ffn_norm.weight + ffn_norm.bias, x = resid_post | post
+norm                           | T D    | x / sqrt(mean(x²) + eps) * norm.weight                        | final-norm
+logits                         | T V    | norm · outputᵀ                                                | -
+"""  # noqa: E501 - a table is read by its columns
 
-TAPS: tuple[TapSpec, ...] = tuple(
-    TapSpec(name, tuple(axes.split()), formula)
-    for name, axes, formula in ([cell.strip() for cell in line.split("|")] for line in _TABLE.strip().splitlines())
-)
+
+def _parsed(line: str) -> TapSpec:
+    name, axes, formula, when = (cell.strip() for cell in line.split("|"))
+    return TapSpec(name, tuple(axes.split()), formula, frozenset(when.split()) - {"-"})
 
 
-def tap_names(n_layers: int) -> list[str]:
-    """Return every tap's full name, in the order of the forward pass."""
-    head, *layer, norm, logits = TAPS
-    names = [head.name]
-    names += [spec.name.format(i=i) for i in range(n_layers) for spec in layer]
-    return [*names, norm.name, logits.name]
+TAPS: tuple[TapSpec, ...] = tuple(_parsed(line) for line in _TABLE.strip().splitlines())
+
+
+def model_taps(config: ModelConfig) -> Iterator[tuple[str, TapSpec]]:
+    """Yield every tap of a model, in the order of its forward pass: full name, specification."""
+    for per_layer, group in groupby(TAPS, key=lambda spec: "{i}" in spec.name):
+        specs = list(group)
+        for i in range(config.n_layers if per_layer else 1):
+            features = config.features(i)
+            yield from ((spec.name.format(i=i), spec) for spec in specs if spec.when <= features)
+
+
+def tap_names(config: ModelConfig) -> list[str]:
+    """Return the full name of every tap of a model, in the order of its forward pass."""
+    return [name for name, _ in model_taps(config)]
 
 
 def spec_of(name: str) -> TapSpec:
-    """Look a full name up in the table; TapError if it is not there."""
+    """Look a full name up in the table, in a Llama's formula first; TapError if it is not there."""
     parts = name.split(".")
     if len(parts) == 3 and parts[0] == "layers" and parts[1].isdigit():
         parts[1] = "{i}"
@@ -112,10 +151,8 @@ class Recorder:
 
     Parameters
     ----------
-    axes : mapping of str to int
-        Lengths of the letters that the model fixes (all but T and S).
-    n_layers : int
-        L.
+    config : ModelConfig
+        The model's: it fixes the lengths of all letters but T and S.
     pattern : str
         Shell-style pattern of full names, for example ``"layers.0.*"``.
 
@@ -125,13 +162,13 @@ class Recorder:
         Tap name -> ndarray, for each forward call in order.
     """
 
-    def __init__(self, axes: Mapping[str, int], n_layers: int, pattern: str = "*") -> None:
-        if not any(fnmatchcase(name, pattern) for name in tap_names(n_layers)):
+    def __init__(self, config: ModelConfig, pattern: str = "*") -> None:
+        if not any(fnmatchcase(name, pattern) for name in tap_names(config)):
             raise TapError(
-                f"the pattern {pattern!r} matches no tap of a model with {n_layers} layers",
+                f"the pattern {pattern!r} matches no tap of a model with {config.n_layers} layers",
                 remedy='Try "layers.0.*", "*.q_rope" or "logits".',
             )
-        self._axes = dict(axes)
+        self._axes = {**config.axes, "1": 1}
         self._pattern = pattern
         self.steps: list[dict[str, Array]] = []
 
@@ -177,8 +214,8 @@ class Recordable(Protocol):
     recorder: Recorder | None
 
     @property
-    def axes(self) -> Mapping[str, int]:
-        """Lengths of the axis letters, L included."""
+    def config(self) -> ModelConfig:
+        """What the model is."""
 
 
 @contextmanager
@@ -204,7 +241,7 @@ def record(model: Recordable, taps: str = "*") -> Iterator[Recorder]:
     >>> rec["layers.0.q_rope"].shape  # doctest: +SKIP
     (5, 9, 64)
     """
-    recorder = Recorder(model.axes, model.axes["L"], taps)
+    recorder = Recorder(model.config, taps)
     before, model.recorder = model.recorder, recorder
     try:
         yield recorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -59,3 +60,81 @@ def test_truncate_forgets_the_tail_and_refuses_to_grow() -> None:
     for length in (3, -1):
         with pytest.raises(ParameterError, match="the cache holds 2"):
             cache.truncate(length)
+
+
+def filled(dtype: str = "float32", n_new: int = 3, capacity: int = 8) -> KVCache:
+    """Return a cache that holds some positions, each layer's keys and values different."""
+    cache = KVCache(CONFIG, capacity, dtype)
+    for layer in range(CONFIG.n_layers):
+        cache.append(layer, rows(n_new, 1 + layer), rows(n_new, -1 - layer))
+    cache.advance(n_new)
+    cache.remember(np.arange(10, 10 + n_new))
+    return cache
+
+
+def test_each_heads_positions_lie_in_a_row() -> None:
+    keys, values = filled().append(0, rows(1, 0), rows(1, 0))
+    for view in (keys, values):
+        assert view.strides == (4 * CONFIG.head_dim, 4 * CONFIG.head_dim * 8, 4)
+
+
+def test_a_bfloat16_cache_rounds_to_the_nearest_and_takes_half_the_memory() -> None:
+    cache = KVCache(CONFIG, 8, "bfloat16")
+    k = np.random.default_rng(0).normal(size=rows(5, 0).shape).astype(np.float32)
+    k[0, 0, :4] = 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, np.nan  # two ties, one too large
+    keys, values = cache.append(0, k, -k)
+    np.testing.assert_array_equal(keys.astype(np.float32), k.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(values[0, 0, :4].astype(np.float32), [-1, -1 - 2**-6, -np.inf, np.nan])
+    assert 2 * cache.nbytes == filled().nbytes
+
+
+def test_a_cache_of_another_dtype_is_refused() -> None:
+    with pytest.raises(ParameterError, match="'float8', expected one of float32, bfloat16"):
+        KVCache(CONFIG, 8, "float8")
+
+
+def test_the_cache_remembers_the_ids_of_its_positions() -> None:
+    cache = filled()
+    np.testing.assert_array_equal(cache.tokens, [10, 11, 12])
+    cache.advance(2)
+    np.testing.assert_array_equal(cache.tokens, [10, 11, 12, 0, 0])
+    cache.remember(np.array([7, 8]))
+    np.testing.assert_array_equal(cache.tokens, [10, 11, 12, 7, 8])
+    assert cache.tokens.dtype == np.int64
+    cache.truncate(2)
+    np.testing.assert_array_equal(cache.tokens, [10, 11])
+    cache.advance(2)
+    np.testing.assert_array_equal(cache.tokens, [10, 11, 0, 0])
+    with pytest.raises(ParameterError, match=r"5 ids .* 4 positions"):
+        cache.remember(np.arange(5))
+
+
+def test_the_horizon_is_nothing_until_it_is_set_and_goes_with_the_last_position() -> None:
+    cache = KVCache(CONFIG, 8)
+    assert cache.horizon == 0
+    cache.advance(3)
+    cache.horizon = 6
+    cache.truncate(1)
+    assert cache.horizon == 6
+    cache.truncate(0)
+    assert cache.horizon == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fork_goes_its_own_way(dtype: str) -> None:
+    cache = filled(dtype)
+    cache.horizon = 6
+    twin = cache.fork()
+    assert (twin.length, twin.capacity, twin.horizon, twin.dtype) == (3, 8, 6, dtype)
+    np.testing.assert_array_equal(twin.tokens, cache.tokens)
+    mine, _ = cache.append(1, rows(1, 5), rows(1, 5))
+    its, _ = twin.append(1, rows(1, 6), rows(1, 6))
+    assert mine.dtype == its.dtype
+    np.testing.assert_array_equal(mine[:, 0, 0].astype(np.float32), [2, 2, 2, 5])
+    np.testing.assert_array_equal(its[:, 0, 0].astype(np.float32), [2, 2, 2, 6])
+    twin.truncate(0)
+    assert (cache.length, len(cache.tokens)) == (3, 3)
+
+
+def test_an_empty_cache_forks_into_an_empty_one() -> None:
+    assert KVCache(CONFIG, 8).fork().nbytes == 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npllama.dtypes import STORAGE, Array, Tensor, cast, narrow, widen
+from npllama.dtypes import PACKINGS, STORAGE, Array, Tensor, cast, n_groups, narrow, pack, unpack, widen
 from npllama.errors import UnsupportedError
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
@@ -119,7 +121,7 @@ def test_cast_of_doubles_rounds_to_float32_once() -> None:
     np.testing.assert_array_equal(cast(values, "float64", "float32"), values.astype(np.float32))
 
 
-@pytest.mark.parametrize("target", ["float16", "int8", "float64"])
+@pytest.mark.parametrize("target", ["float16", "int8", "int4", "float64"])
 def test_other_storage_is_refused(target: str) -> None:
     with pytest.raises(UnsupportedError, match=f"cannot be stored as {target}"):
         narrow(np.ones(1, np.float32), target)
@@ -148,3 +150,83 @@ def test_tensor_gives_numbers_of_any_part() -> None:
 def test_numbers_of_a_float32_tensor_are_not_copied() -> None:
     values = np.ones((2, 2), np.float32)
     assert np.shares_memory(Tensor(values, "float32").numbers(), values)
+
+
+# --- small integers in groups --------------------------------------------------------------------------------------
+
+
+def quantised(dtype: str, rows: tuple[int, ...], width: int, seed: int = 0) -> tuple[Tensor, Array]:
+    """Return a tensor of random integers, scales and minima, and its numbers by the formula, one by one."""
+    rng = np.random.default_rng(seed)
+    packing = PACKINGS[dtype]
+    lowest = 0 if packing.has_minima else -packing.highest
+    integers = rng.integers(lowest, packing.highest, (*rows, n_groups(width), 64), endpoint=True)
+    scales, minima = (narrow(rng.normal(size=integers.shape[:-1]).astype(np.float32), "bfloat16") for _ in range(2))
+    tensor = Tensor(pack(integers, packing), dtype, scales, minima if packing.has_minima else None, width)
+    numbers = np.empty((*rows, width))
+    for place in np.ndindex(numbers.shape):
+        group = (*place[:-1], place[-1] // 64)
+        scale, minimum = (float(bits.view(ml_dtypes.bfloat16)) for bits in (scales[group], minima[group]))
+        numbers[place] = scale * integers[group][place[-1] % 64] + (minimum if packing.has_minima else 0)
+    return tensor, numbers
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+@pytest.mark.parametrize(("rows", "width"), [((3,), 128), ((5,), 65), ((2, 3), 7), ((1,), 64)])
+def test_quantised_numbers_are_scale_times_integer_plus_minimum(dtype: str, rows: tuple[int, ...], width: int) -> None:
+    tensor, numbers = quantised(dtype, rows, width)
+    assert tensor.shape == numbers.shape
+    exact = tensor.numbers(to=np.float64)
+    assert exact.dtype == np.float64
+    np.testing.assert_array_equal(exact, numbers)
+    single = tensor.numbers()
+    assert single.dtype == np.float32
+    assert single.flags.c_contiguous
+    np.testing.assert_allclose(single, numbers, rtol=0, atol=2**-23 * np.abs(numbers).max())
+
+
+def test_int8_numbers_are_exact_in_float32_too() -> None:
+    tensor, numbers = quantised("int8", (4,), 200)
+    np.testing.assert_array_equal(tensor.numbers(), numbers)
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+@pytest.mark.parametrize("index", [1, slice(1, 3), [2, 0], np.array([], int), np.array([[0, 3]])])
+def test_quantised_numbers_of_any_rows(dtype: str, index: Any) -> None:
+    tensor, numbers = quantised(dtype, (4,), 100)
+    np.testing.assert_array_equal(tensor.numbers(index, np.float64), numbers[index])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *PACKINGS])
+def test_rows_is_a_tensor_on_the_same_memory(dtype: str) -> None:
+    if dtype in PACKINGS:
+        tensor, _ = quantised(dtype, (6,), 70)
+    else:
+        tensor = Tensor(narrow(np.arange(24, dtype=np.float32).reshape(6, 4), dtype), dtype)
+    part = tensor.rows(2, 5)
+    assert part.shape == (3, tensor.shape[1])
+    np.testing.assert_array_equal(part.numbers(), tensor.numbers(slice(2, 5)))
+    assert all(np.shares_memory(mine, whole) for mine, whole in zip(part.parts, tensor.parts, strict=True))
+
+
+def test_nbytes_counts_integers_scales_and_minima() -> None:
+    assert quantised("int8", (10,), 128)[0].nbytes == 10 * (128 + 2 * 2)
+    assert quantised("int4", (10,), 128)[0].nbytes == 10 * (64 + 2 * 2 + 2 * 2)
+    assert quantised("int4", (10,), 65)[0].nbytes == 10 * (64 + 2 * 2 + 2 * 2)
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+def test_packing_is_undone_by_unpacking(dtype: str) -> None:
+    packing = PACKINGS[dtype]
+    lowest = 0 if packing.has_minima else -packing.highest
+    integers = np.random.default_rng(0).integers(lowest, packing.highest, (3, 2, 64), endpoint=True)
+    rows = pack(integers, packing)
+    assert rows.dtype == STORAGE[packing.storage]
+    assert rows.shape == (3, packing.row_bytes(128))
+    np.testing.assert_array_equal(unpack(rows, packing), integers)
+
+
+def test_a_byte_of_int4_holds_numbers_half_a_group_apart() -> None:
+    integers = np.zeros((1, 64), np.int64)
+    integers[0, 5], integers[0, 37] = 3, 12
+    assert pack(integers, PACKINGS["int4"])[5] == 3 + 16 * 12

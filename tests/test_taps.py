@@ -20,7 +20,7 @@ def test_the_numpy_engine_emits_every_tap_of_the_table_in_its_order() -> None:
     model = loud_model(CONFIG)
     with record(model) as rec:
         model.forward(loud_tokens(CONFIG, 9))
-    assert list(rec) == tap_names(CONFIG.n_layers)
+    assert list(rec) == tap_names(CONFIG)
 
 
 def test_the_fast_engine_emits_all_taps_but_those_it_declares_unmaterialised() -> None:
@@ -29,7 +29,7 @@ def test_the_fast_engine_emits_all_taps_but_those_it_declares_unmaterialised() -
         with record(model) as rec:
             model.forward(loud_tokens(CONFIG, n_new))
         missing = {f"layers.{i}.{name}" for i in range(CONFIG.n_layers) for name in UNMATERIALISED}
-        assert list(rec) == [name for name in tap_names(CONFIG.n_layers) if name not in missing]
+        assert list(rec) == [name for name in tap_names(CONFIG) if name not in missing]
 
 
 def test_every_formula_names_weights_or_taps_that_exist() -> None:
@@ -69,7 +69,7 @@ def test_watching_stops_when_the_forward_pass_fails() -> None:
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(TapError, match=r"'layers\.2\.\*' matches no tap of a model with 2 layers"):
-        Recorder(CONFIG.axes, 2, "layers.2.*")
+        Recorder(CONFIG, "layers.2.*")
 
 
 def test_an_unknown_tap_is_refused() -> None:
@@ -86,7 +86,7 @@ def test_an_unknown_tap_is_refused() -> None:
     ],
 )
 def test_a_tensor_that_breaks_the_table_is_an_error_wanted_or_not(wrong, message: str) -> None:
-    tap = Recorder(CONFIG.axes, 2, "logits").step(3, 3, np.dtype(np.float32))
+    tap = Recorder(CONFIG, "logits").step(3, 3, np.dtype(np.float32))
     with pytest.raises(TapError, match=message):
         tap("layers.0.attention_norm", wrong(np.zeros((3, 64), np.float32)))
 

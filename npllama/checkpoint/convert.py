@@ -17,13 +17,13 @@ from typing import Any
 
 from npllama.checkpoint.names import EMBEDDING, OUTPUT, select
 from npllama.checkpoint.open import open_checkpoint
-from npllama.checkpoint.rope import inverse_frequencies
+from npllama.checkpoint.rope import frequencies
 from npllama.checkpoint.source import Source, is_remote
 from npllama.checkpoint.store import PARTIAL, Progress
 from npllama.checkpoint.store import manifest as manifests
 from npllama.checkpoint.store.disk import disk_errors, locked, new_file, require_space
 from npllama.checkpoint.store.journal import Journal, open_journal
-from npllama.checkpoint.store.manifest import ROPE_FREQS, Entry
+from npllama.checkpoint.store.manifest import ROPE_FREQS, ROPE_FREQS_LONG, Entry
 from npllama.checkpoint.store.publish import check_destination, publish, recover
 from npllama.checkpoint.store.stream import write_tensor
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
@@ -32,9 +32,8 @@ from npllama.dtypes import FLOATS, Array, widen
 from npllama.errors import NpllamaError, ParameterError, UnsafeFileError, UnsupportedError
 
 #: What the caller says -> logical dtype of the weights.
-DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+DTYPES = {"bf16": "bfloat16", "f32": "float32", "int8": "int8", "int4": "int4"}
 
-_PLANNED_DTYPES = ("int8", "int4")
 _EDGE_BYTES = 1 << 20
 
 
@@ -60,8 +59,9 @@ def convert(
         A checkpoint's folder or file: Meta .pth, safetensors or GGUF; local or with a scheme.
     dst : path-like
         The model folder to write, on a local disk.
-    dtype : {"bf16", "f32"}
-        What all weights are stored as. A source of the same dtype keeps its bits.
+    dtype : {"bf16", "f32", "int8", "int4"}
+        What all weights are stored as. A source of the same dtype keeps its bits; a quantised one is first brought
+        back to numbers. int8 and int4 (`npllama.checkpoint.quantize`) are for matrices, the rest stays float32.
     layers : int, optional
         Keep only the first so many layers. The text of such a model means nothing.
     force : bool
@@ -159,7 +159,7 @@ class _Plan:
     dtype : str
         Logical dtype of the weights.
     refs : mapping of str to TensorRef
-        Canonical name -> source, ``rope.freqs`` included, in the order of reading.
+        Canonical name -> source, frequencies included, in the order of reading.
     entries : mapping of str to Entry
         The same names -> file, in the order of the forward pass.
     of_layers : int
@@ -174,9 +174,7 @@ class _Plan:
 
 
 def storage_dtype(dtype: str) -> str:
-    """Return the logical dtype that ``--dtype`` names; raises ParameterError or UnsupportedError."""
-    if dtype in _PLANNED_DTYPES:
-        raise UnsupportedError(f"dtype {dtype} is not supported yet", remedy="Choose bf16 or f32.")
+    """Return the logical dtype that ``--dtype`` names; raises ParameterError."""
     if dtype not in DTYPES:
         raise ParameterError(f"dtype is {dtype!r}", remedy=f"Choose one of: {', '.join(DTYPES)}.")
     return DTYPES[dtype]
@@ -197,16 +195,17 @@ def _plan(checkpoint: Checkpoint, dtype: str, layers: int | None) -> _Plan:
     whole = checkpoint.config
     if layers is not None and (type(layers) is not int or not 0 < layers <= whole.n_layers):
         raise ParameterError(f"layers is {layers!r}, expected a number from 1 to {whole.n_layers}")
-    tensors = select(checkpoint.tensors, whole, "name", checkpoint.path)
+    tensors = select(checkpoint.tensors, whole, checkpoint.path)
     output, embedding = tensors.get(OUTPUT), tensors[EMBEDDING]
     tied = whole.tied or (output is not None and output.alias is not None and output.alias == embedding.alias)
-    config = replace(whole, n_layers=whole.n_layers if layers is None else layers, tied=tied)
+    config = replace(whole.first_layers(whole.n_layers if layers is None else layers), tied=tied)
     entries = manifests.layout(config, dtype)
     divisors = checkpoint.freq_factors
     factors = None if divisors is None else widen(divisors.read(), divisors.dtype)
-    freqs = _in_memory(ROPE_FREQS, inverse_frequencies(whole, factors))
+    tables = dict(zip((ROPE_FREQS, ROPE_FREQS_LONG), frequencies(whole, factors), strict=True))
+    freqs = {name: _in_memory(name, values) for name, values in tables.items() if values is not None}
     # In the reader's order, which is the one that reads each file front to back.
-    refs = {name: tensors[name] for name in checkpoint.tensors if name in entries} | {ROPE_FREQS: freqs}
+    refs = {name: tensors[name] for name in checkpoint.tensors if name in entries} | freqs
     for name, ref in refs.items():
         if ref.dtype not in FLOATS:
             raise UnsupportedError(f"{name} has the dtype {ref.dtype}", file=ref.where)
@@ -228,7 +227,11 @@ def _identity(plan: _Plan, checkpoint: Checkpoint, options: Mapping[str, bool]) 
         "config": plan.config.to_json(),
         "dtype": plan.dtype,
         "of_layers": plan.of_layers,
-        "rope_freqs": hashlib.sha256(plan.refs[ROPE_FREQS].read().tobytes()).hexdigest(),
+        **{
+            name: hashlib.sha256(plan.refs[name].read().tobytes()).hexdigest()
+            for name in (ROPE_FREQS, ROPE_FREQS_LONG)
+            if name in plan.refs
+        },
         "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in checkpoint.tokenizer.items()},
         "notes": list(checkpoint.notes),
         "sources": [{**asdict(source.fingerprint), "edges": _edges(source)} for source in checkpoint.sources],
@@ -293,7 +296,8 @@ def _drop_equal_output(config: ModelConfig, journal: Journal) -> ModelConfig:
     """Tie an output matrix that turned out to be the embedding, number for number."""
     if config.tied or journal.done[OUTPUT] != journal.done[EMBEDDING]:
         return config
-    (journal.folder / Entry(OUTPUT, "", ()).file).unlink(missing_ok=True)
+    for file in manifests.part_files(OUTPUT, len(journal.done[OUTPUT])):
+        (journal.folder / file).unlink(missing_ok=True)
     return replace(config, tied=True)
 
 
@@ -301,7 +305,7 @@ def _manifest(
     checkpoint: Checkpoint,
     plan: _Plan,
     config: ModelConfig,
-    sha256: Mapping[str, str],
+    sha256: Mapping[str, tuple[str, ...]],
     sources: list[Mapping[str, Any]],
 ) -> dict[str, Any]:
     return {

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from npllama.checkpoint.detect import detect
 from npllama.checkpoint.gguf import open_gguf_checkpoint
-from npllama.checkpoint.pth import open_meta
+from npllama.checkpoint.pth import open_meta, open_state_dict
+from npllama.checkpoint.pth.meta import PARAMS
 from npllama.checkpoint.safetensors import open_hf
-from npllama.checkpoint.source import Source, file_names, is_folder, is_remote, join
+from npllama.checkpoint.source import Source, file_names, is_folder, is_remote, join, split
 from npllama.checkpoint.store import is_model_folder
 from npllama.checkpoint.tensor import Checkpoint
 from npllama.errors import NotACheckpointError, ParameterError
@@ -51,11 +52,25 @@ def open_checkpoint(
             kind = detect(source)
         finally:
             source.close()
+    lone = _lone_pth(path) if kind == "pth" else None
+    if rope_factor is not None and (kind != "pth" or lone is not None):
+        raise ParameterError("a RoPE factor was given, but only Meta's params.json leaves it open", file=path)
+    found = None if lone is None else open_state_dict(lone, verify_crc=verify_crc)
+    if found is not None:
+        return found
     if kind == "pth":
         return open_meta(path, rope_factor=rope_factor, verify_crc=verify_crc)
-    if rope_factor is not None:
-        raise ParameterError("a RoPE factor was given, but only Meta's params.json leaves it open", file=path)
     return open_hf(path) if kind == "safetensors" else open_gguf_checkpoint(path)
+
+
+def _lone_pth(path: str) -> str | None:
+    """Return the one ``.pth`` file that a path means, if no configuration stands beside it."""
+    folder, name = (path, None) if is_folder(path) else split(path)
+    names = file_names(folder)
+    if PARAMS in names:
+        return None
+    files = [name] if name is not None else [other for other in names if other.endswith(".pth")]
+    return join(folder, files[0]) if len(files) == 1 else None
 
 
 def _look_into(folder: str) -> tuple[str, str]:

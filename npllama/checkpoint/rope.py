@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.checkpoint.tensor import TensorRef
-from npllama.config import ModelConfig
+from npllama.config import ModelConfig, RopeScaling
 from npllama.dtypes import Array
 from npllama.errors import CorruptDataError
 
@@ -53,6 +53,39 @@ def inverse_frequencies(config: ModelConfig, factors: Array | None = None) -> ND
         smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
         freqs = (1 - smooth) * freqs / scaling.factor + smooth * freqs
     return freqs.astype(np.float32)
+
+
+def frequencies(
+    config: ModelConfig, factors: Array | None = None
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """Angles per position for texts within the original context, and for longer ones.
+
+    Parameters
+    ----------
+    config, factors
+        As for `inverse_frequencies`.
+
+    Returns
+    -------
+    ndarray of shape (Dh/2,), float32, or None
+        None in a model that has learned positions.
+    ndarray of shape (Dh/2,), float32, or None
+        Longrope's second set; None for every other model.
+
+    Notes
+    -----
+    Longrope divides each frequency by a factor of its own: ``f[j] / short[j]`` within the original context,
+    ``f[j] / long[j]`` beyond it (Ding et al., https://arxiv.org/abs/2402.13753).
+    """
+    if config.positions != "rope":
+        return None, None
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        return inverse_frequencies(config, factors), None
+    plain = replace(config, rope_scaling=RopeScaling("factors"))
+    # In single precision, as every implementation has them: checkpoints spell them with more digits or with fewer.
+    short, long = (np.array(each, np.float32) for each in (scaling.short_factors, scaling.long_factors))
+    return inverse_frequencies(plain, short), inverse_frequencies(plain, long)
 
 
 def interleaved(ref: TensorRef, n_heads: int, head_dim: int) -> TensorRef:

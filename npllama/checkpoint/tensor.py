@@ -77,7 +77,7 @@ class Checkpoint:
     Attributes
     ----------
     kind : str
-        "meta", "hf" or "gguf".
+        "meta", "hf", "gguf", or "state_dict" (the weights of one class, saved by torch by themselves).
     path : str
         What the user named.
     config : ModelConfig

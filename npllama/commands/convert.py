@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
+from npllama.checkpoint.audit import Audit, audit
 from npllama.checkpoint.convert import convert
-from npllama.commands.console import Progress
+from npllama.commands.console import Progress, human, notice
 from npllama.commands.verify import record
+from npllama.errors import FileAccessError
 
 
 def run(options: argparse.Namespace) -> int:
@@ -23,7 +27,29 @@ def run(options: argparse.Namespace) -> int:
             allow_nan=options.allow_nan,
             progress=progress,
         )
+        found = options.audit and audit(options.src, folder, rope_factor=options.rope_factor, progress=progress)
+    if found:
+        _write(options.audit, found)
+        notice(_summary(found))
     if options.golden:
         record(folder)
     print(folder)
     return 0
+
+
+def _write(path: str, found: Audit) -> None:
+    try:
+        Path(path).write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    except OSError as problem:
+        raise FileAccessError(
+            f"cannot write the audit: {problem.strerror}", file=path, remedy="Check the path and its permissions."
+        ) from None
+
+
+def _summary(found: Audit) -> str:
+    total = found.total
+    line = f"{human(total.count, '')} weights at {total.bits:.4g} bits each"
+    if total.sqnr is None:
+        return f"{line}, all exact"
+    worst = min((error.sqnr, name) for name, error in found.errors.items() if error.sqnr is not None)
+    return f"{line}, {total.sqnr:.1f} dB above their error; least, {worst[0]:.1f} dB, in {worst[1]}"

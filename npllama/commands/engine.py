@@ -9,14 +9,24 @@ from typing import Any
 
 from npllama.commands.console import Progress, notice
 from npllama.errors import FileAccessError, TokenizerError
+from npllama.generation.prefill import reach
 from npllama.loading import load
 from npllama.model import Model
+
+#: Value of --cache-dtype -> dtype of `KVCache`.
+CACHE_DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 def load_model(options: argparse.Namespace) -> Model:
     """Load ``options.model`` with the engine options, and say on stderr what should be known of it."""
     with Progress() as progress:
-        model = load(options.model, backend=options.backend, threads=options.threads, progress=progress)
+        model = load(
+            options.model,
+            backend=options.backend,
+            threads=options.threads,
+            kernels=options.kernels,
+            progress=progress,
+        )
     if model.notice:
         notice(model.notice)
     return model
@@ -33,6 +43,16 @@ def sampling_settings(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "stop": options.stop,
     }
+
+
+def tell_if_outgrown(model: Model, before: int, after: int) -> None:
+    """Say that a longrope model changed its frequencies, where its text grew from ``before`` to ``after`` positions."""
+    limit = reach(model, before)
+    if after > limit:
+        notice(
+            f"the text outgrew the {limit} tokens of the model's original context: there it was read anew, with the "
+            "RoPE frequencies of long texts"
+        )
 
 
 def read_text(file: str | None) -> str:

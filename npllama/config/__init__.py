@@ -6,7 +6,7 @@ fluent, wrong text.
 
 from npllama.config.gguf_metadata import from_gguf
 from npllama.config.hf_json import from_hf_json
-from npllama.config.model_config import ModelConfig, RopeScaling
+from npllama.config.model_config import Experts, ModelConfig, RopeScaling
 from npllama.config.params_json import from_params_json
 
-__all__ = ["ModelConfig", "RopeScaling", "from_gguf", "from_hf_json", "from_params_json"]
+__all__ = ["Experts", "ModelConfig", "RopeScaling", "from_gguf", "from_hf_json", "from_params_json"]

@@ -1,23 +1,56 @@
-"""Twin of `npllama.ops.swiglu`."""
+"""Twins of `npllama.ops.activate` and `glu`."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 
 from npllama.dtypes import Array
 from npllama.kernels.jit import compiled, exp
 
+_SILU, _RELU, _GELU, _GELU_TANH = range(4)
+#: Name in a configuration -> number of the branch in `_activated`.
+_KINDS = {"silu": _SILU, "relu": _RELU, "gelu": _GELU, "gelu_tanh": _GELU_TANH}
+_SQRT_HALF = np.float32(math.sqrt(0.5))
+_SQRT_8_PI = np.float32(math.sqrt(8 / math.pi))
 
-def swiglu(gate: Array, up: Array) -> Array:
-    """Gate one projection by the other: ``silu(gate) * up``. See `npllama.ops.swiglu`."""
-    act = np.empty_like(gate)
-    _swiglu(gate, up, act)
+
+def activate(x: Array, activation: str) -> Array:
+    """Apply an activation to numbers of any shape. See `npllama.ops.activate`."""
+    y = np.empty_like(x, order="C")
+    _activate(x.reshape(-1), y.reshape(-1), _KINDS[activation])
+    return y
+
+
+def glu(gate: Array, up: Array, activation: str) -> Array:
+    """Gate one projection by the other: ``activation(gate) * up``. See `npllama.ops.glu`."""
+    act = np.empty_like(gate, order="C")
+    _glu(gate.reshape(-1), up.reshape(-1), act.reshape(-1), _KINDS[activation])
     return act
 
 
 @compiled()
-def _swiglu(gate: Array, up: Array, act: Array) -> None:
-    n_new, width = gate.shape
-    for t in range(n_new):
-        for j in range(width):
-            act[t, j] = gate[t, j] / (np.float32(1) + exp(-gate[t, j])) * up[t, j]
+def _activate(x: Array, y: Array, kind: int) -> None:
+    for j in range(x.shape[0]):
+        y[j] = _activated(x[j], kind)
+
+
+@compiled()
+def _glu(gate: Array, up: Array, act: Array, kind: int) -> None:
+    for j in range(gate.shape[0]):
+        act[j] = _activated(gate[j], kind) * up[j]
+
+
+@compiled(inline=True)
+def _activated(x: Any, kind: int) -> Any:
+    """One number through the activation. The branch is the same for a whole loop, and the compiler takes it out."""
+    if kind == _SILU:
+        return x / (np.float32(1) + exp(-x))
+    if kind == _RELU:
+        return max(x, np.float32(0))
+    if kind == _GELU:
+        return x * np.float32(0.5) * (np.float32(1) + np.float32(math.erf(x * _SQRT_HALF)))
+    # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u))
+    return x / (np.float32(1) + exp(-_SQRT_8_PI * (x + np.float32(0.044715) * x * x * x)))

@@ -1,97 +1,330 @@
-"""Twins of `npllama.ops.softmax` and `attention`."""
+"""Twins of `npllama.ops.softmax`, `attention` and `attentions`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import prange
+from numpy.typing import NDArray
 
 from npllama.dtypes import Array
+from npllama.kernels.attend_piece import Piece, attend_few, attend_many, exp2
+from npllama.kernels.features import choose, host_features
 from npllama.kernels.jit import compiled, exp
 
-#: Taps that `attention` does not materialise: scaling, mask and softmax are one pass over the raw products.
+#: Taps that `attention` does not materialise: scores and probabilities live for a block of keys at a time.
 UNMATERIALISED = frozenset({"scores", "probs"})
+
+#: Queries of a key/value head up to which a piece is dot products along memory rather than panels of lanes.
+_FEW = 12
+#: Queries of a key/value head that go through a block of keys together; a panel is 32.
+_TILE = 128
+#: Keys of a piece where there is only one tile of queries, so that a long cache is more than one thread's work.
+_SPAN = 512
+_UNLIMITED = 1 << 62
+
+# Arrays of which only the dtype matters: that of keys and values.
+_NUMBERS: Array = np.empty(0, np.float32)
+_BITS: Array = np.empty(0, np.uint16)
+
+_KEYS, _VALUES, _STRIDE, _HEAD_STRIDE, _COUNT, _LENGTH, _ROW = range(7)  # columns of a table of sequences
+_SEQUENCE, _HEAD, _FIRST, _END, _START, _STOP, _SPANS, _PART = range(8)  # columns of a table of pieces
 
 
 def softmax(scores: Array) -> Array:
     """Turn each row of scores into probabilities. See `npllama.ops.softmax`."""
     probs = np.array(scores, order="C")
-    width = scores.shape[-1]
-    _softmax(probs.reshape(1, -1, width), np.float32(1), 0)
+    _softmax(probs.reshape(-1, scores.shape[-1]))
     return probs
 
 
-def attention(q: Array, keys: Array, values: Array, tap: Callable[[str, Array], Array]) -> Array:
-    """Let each new position gather values from the positions up to its own. See `npllama.ops.attention`.
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """Attention on one path.
 
-    One new position is a single compiled pass over the cache; more are two batched matrix products around a compiled
-    softmax. Neither ever has the taps ``scores`` and ``probs`` to show.
+    Attributes
+    ----------
+    path : str
+        One of `npllama.kernels.features.PATHS`. All but the portable one use vector registers by name.
     """
-    n_new, n_heads, head_dim = q.shape
-    n_all, n_kv_heads, _ = keys.shape
-    scale = np.float32(1 / math.sqrt(head_dim))
-    context = np.empty_like(q)
-    if n_new == 1:
-        _attend_one(q[0], keys, values, scale, context[0])
+
+    path: str
+
+    def attention(
+        self,
+        q: Array,
+        keys: Array,
+        values: Array,
+        tap: Callable[[str, Array], Array],
+        *,
+        divisor: float | None = None,
+        window: int | None = None,
+    ) -> Array:
+        """Let each new position gather values from the positions up to its own. See `npllama.ops.attention`.
+
+        Memory does not grow with S, and the taps ``scores`` and ``probs`` are never there to show. Keys and values may
+        be bfloat16 (that of ml_dtypes), as a cache can hold them. The numbers do not depend on how many threads there
+        are.
+        """
+        return self.attentions(q, (len(q),), ((keys, values),), divisor=divisor, window=window)
+
+    def attentions(
+        self,
+        q: Array,
+        counts: Sequence[int],
+        caches: Sequence[tuple[Array, Array]],
+        *,
+        divisor: float | None = None,
+        window: int | None = None,
+    ) -> Array:
+        """Do `attention` to several sequences laid end to end, in one parallel loop.
+
+        Parameters
+        ----------
+        q : ndarray of shape (T, H, Dh), float32
+            Queries: those of the first sequence, of the second ...
+        counts : sequence of int
+            How many belong to each.
+        caches : sequence of (keys, values)
+            Of each sequence, ndarrays of shape (S, K, Dh), where S may differ.
+        divisor, window
+            As for `npllama.ops.attention`.
+
+        Returns
+        -------
+        ndarray of shape (T, H, Dh), float32
+            The part of each sequence is, bit by bit, what it would be alone.
+        """
+        q = np.ascontiguousarray(q)
+        context = np.empty_like(q)
+        readable, like = _readable(caches)
+        scale = np.float32(math.log2(math.e) / (math.sqrt(q.shape[2]) if divisor is None else divisor))
+        limit = _UNLIMITED if window is None else window
+        n_kv_heads, wide = readable[0][0].shape[1], self.path != "portable"
+        _attend(q, _table(counts, readable), n_kv_heads, scale, limit, like, wide, context)
         return context
-    group = n_heads // n_kv_heads
-    rows = q.reshape(n_new, n_kv_heads, group, head_dim).transpose(1, 2, 0, 3).reshape(n_kv_heads, -1, head_dim)
-    weights = rows @ keys.transpose(1, 2, 0)  # (K, R*T, S)
-    _softmax(weights.reshape(n_heads, n_new, n_all), scale, n_new)
-    gathered = weights @ values.transpose(1, 0, 2)  # (K, R*T, Dh)
-    context[:] = gathered.reshape(n_heads, n_new, head_dim).transpose(1, 0, 2)
-    return context
 
 
-@compiled(parallel=True)
-def _softmax(scores: Array, scale: np.float32, n_new: int) -> None:
-    """Replace raw scores (H, T, S) by the probabilities of ``scores * scale``.
+@cache
+def attending(forced: str | None = None) -> Attending:
+    """Return attention on the best path for this processor, or on a forced one.
 
-    With ``n_new`` > 0 the rows are the last ``n_new`` of S positions, and each sees the keys up to its own.
+    Raises
+    ------
+    ParameterError, UnsupportedError
+        See `npllama.kernels.features.choose`.
     """
-    n_heads, n_rows, n_all = scores.shape
-    for row in prange(n_heads * n_rows):
-        h, t = row // n_rows, row % n_rows
-        n_seen = n_all - n_new + t + 1 if n_new > 0 else n_all
-        highest = np.float32(-np.inf)
-        for s in range(n_seen):
-            highest = max(highest, scores[h, t, s])
-        total = np.float32(0)
-        for s in range(n_seen):
-            weight = exp((scores[h, t, s] - highest) * scale)
-            scores[h, t, s] = weight
-            total += weight
-        for s in range(n_seen):
-            scores[h, t, s] /= total
-        for s in range(n_seen, n_all):
-            scores[h, t, s] = 0
+    return Attending(choose(host_features(), forced))
+
+
+def attention(
+    q: Array,
+    keys: Array,
+    values: Array,
+    tap: Callable[[str, Array], Array],
+    *,
+    divisor: float | None = None,
+    window: int | None = None,
+) -> Array:
+    """Let each new position gather values from the positions up to its own. See `npllama.ops.attention`."""
+    return attending().attention(q, keys, values, tap, divisor=divisor, window=window)
+
+
+def attentions(
+    q: Array,
+    counts: Sequence[int],
+    caches: Sequence[tuple[Array, Array]],
+    *,
+    divisor: float | None = None,
+    window: int | None = None,
+) -> Array:
+    """Do `attention` to several sequences laid end to end. See `Attending.attentions`."""
+    return attending().attentions(q, counts, caches, divisor=divisor, window=window)
+
+
+def _readable(caches: Sequence[tuple[Array, Array]]) -> tuple[Sequence[tuple[Array, Array]], Array]:
+    """Return keys and values that the kernels can read, and an empty array of the dtype in which they will.
+
+    That is those given, unless they are neither all float32 nor all bfloat16, or the numbers of a head do not lie in a
+    row.
+    """
+    dtype = caches[0][0].dtype
+    if any(not keys.dtype == values.dtype == dtype for keys, values in caches):
+        dtype = _NUMBERS.dtype
+    like = _NUMBERS
+    if dtype != _NUMBERS.dtype:
+        dtype, like = (dtype, _BITS) if dtype.name == "bfloat16" else (_NUMBERS.dtype, _NUMBERS)
+    if all(
+        keys.dtype == values.dtype == dtype and keys.strides == values.strides and keys.strides[2] == dtype.itemsize
+        for keys, values in caches
+    ):
+        return caches, like
+    return [(np.ascontiguousarray(keys, dtype), np.ascontiguousarray(values, dtype)) for keys, values in caches], like
+
+
+def _table(counts: Sequence[int], caches: Sequence[tuple[Array, Array]]) -> NDArray[np.int64]:
+    """Return a row for each sequence, with the columns named above: a kernel cannot take a list of arrays."""
+    table = np.empty((len(counts), 7), np.int64)
+    row = 0
+    for i, (count, (keys, values)) in enumerate(zip(counts, caches, strict=True)):
+        stride, head_stride, _ = keys.strides
+        table[i] = keys.ctypes.data, values.ctypes.data, stride, head_stride, count, len(keys), row
+        row += count
+    return table
 
 
 @compiled(parallel=True)
-def _attend_one(q: Array, keys: Array, values: Array, scale: np.float32, context: Array) -> None:
-    """Fill context (H, Dh) for one query of each head, q (H, Dh), over keys and values (S, K, Dh)."""
-    n_heads, head_dim = q.shape
-    n_all, n_kv_heads, _ = keys.shape
-    group = n_heads // n_kv_heads
-    for h in prange(n_heads):
-        kv = h // group
-        weights = np.empty(n_all, np.float32)
+def _attend(
+    q: Array, table: Array, n_kv_heads: int, scale: np.float32, window: int, like: Array, wide: bool, context: Array
+) -> None:
+    """Fill context (T, H, Dh), the pieces shared between threads.
+
+    Where the keys of a query are split between pieces, each fills a part of its own, and the parts are merged.
+    """
+    group = q.shape[1] // n_kv_heads
+    tile = max(1, _TILE // group)
+    pieces, n_parts = _pieces(table, n_kv_heads, tile, window)
+    parts = np.empty((n_parts * tile, group, q.shape[2]), np.float32)
+    peaks, totals = np.empty((n_parts, tile * group), np.float32), np.empty((n_parts, tile * group), np.float32)
+    for i in prange(len(pieces)):
+        _attend_piece(q, table, pieces[i], group, scale, window, like, wide, parts, peaks, totals, context)
+    _merge(table, pieces, group, tile, parts, peaks, totals, context)
+
+
+@compiled()
+def _attend_piece(
+    q: Array,
+    table: Array,
+    line: Array,
+    group: int,
+    scale: np.float32,
+    window: int,
+    like: Array,
+    wide: bool,
+    parts: Array,
+    peaks: Array,
+    totals: Array,
+    context: Array,
+) -> None:
+    """Do the piece of one line of the table of pieces: fill its part, or its share of the context."""
+    sequence = table[line[_SEQUENCE]]
+    offset = line[_HEAD] * sequence[_HEAD_STRIDE]
+    piece = Piece(
+        sequence[_ROW] + line[_FIRST],
+        line[_END] - line[_FIRST],
+        line[_HEAD] * group,
+        group,
+        sequence[_LENGTH] - sequence[_COUNT] + line[_FIRST],
+        sequence[_KEYS] + offset,
+        sequence[_VALUES] + offset,
+        sequence[_STRIDE],
+        line[_START],
+        line[_STOP],
+        window,
+    )
+    part, split, n_queries = line[_PART], line[_SPANS] > 1, piece.rows * group
+    tile = max(1, _TILE // group)
+    out, row, head = (parts, part * tile, 0) if split else (context, piece.row, piece.head)
+    if n_queries <= _FEW:
+        highest, total = attend_few(q, scale, piece, like, out, row, head)
+    else:
+        highest, total = attend_many(q, scale, piece, like, wide, out, row, head)
+    if split:
+        for m in range(n_queries):
+            peaks[part, m], totals[part, m] = highest[m], total[m]
+
+
+@compiled()
+def _pieces(table: Array, n_kv_heads: int, tile: int, window: int) -> Any:
+    """Divide the work: return a row for each piece, with the columns named above, and the number of parts.
+
+    A piece is one tile of rows of one sequence and key/value head, over all keys that they see. Where a sequence has
+    no more rows than a tile, and more keys than a span, there is a piece for each span instead, which fills a part.
+    The division does not depend on the number of threads.
+
+    Of many tiles the first are little work and the last much. They are taken from both ends in turn: equal runs of
+    pieces are then equal work.
+    """
+    n_pieces = 0
+    for i in range(len(table)):
+        count, length = table[i, _COUNT], table[i, _LENGTH]
+        n_tiles, n_keys = -(-count // tile), min(length, count + window - 1)
+        n_pieces += n_kv_heads * (n_tiles if n_tiles > 1 else -(-n_keys // _SPAN))
+    pieces = np.empty((n_pieces, 8), np.int64)
+    at = n_parts = 0
+    for i in range(len(table)):
+        count, length = table[i, _COUNT], table[i, _LENGTH]
+        past, n_tiles, n_keys = length - count, -(-count // tile), min(length, count + window - 1)
+        for head in range(n_kv_heads):
+            if n_tiles > 1:
+                for turn in range(n_tiles):
+                    first = tile * (turn // 2 if turn % 2 == 0 else n_tiles - 1 - turn // 2)
+                    end = min(first + tile, count)
+                    _write(pieces[at], i, head, first, end, max(0, past + first - window + 1), past + end, 1, 0)
+                    at += 1
+            else:
+                n_spans = -(-n_keys // _SPAN)
+                for start in range(length - n_keys, length, _SPAN):
+                    _write(pieces[at], i, head, 0, count, start, min(start + _SPAN, length), n_spans, n_parts)
+                    at += 1
+                    n_parts += n_spans > 1
+    return pieces, n_parts
+
+
+@compiled(inline=True)
+def _write(
+    line: Array, sequence: int, head: int, first: int, end: int, start: int, stop: int, spans: int, part: int
+) -> None:
+    """Fill a line of the table of pieces."""
+    line[_SEQUENCE], line[_HEAD], line[_FIRST], line[_END] = sequence, head, first, end
+    line[_START], line[_STOP], line[_SPANS], line[_PART] = start, stop, spans, part
+
+
+@compiled()
+def _merge(
+    table: Array, pieces: Array, group: int, tile: int, parts: Array, peaks: Array, totals: Array, context: Array
+) -> None:
+    """Fill the rows of context (T, H, Dh) whose keys were split with the means of their parts.
+
+    A part counts for its total, in units of its peak.
+    """
+    gathered = np.empty(context.shape[2], np.float32)
+    at = 0
+    while at < len(pieces):
+        line, sequence = pieces[at], table[pieces[at, _SEQUENCE]]
+        at += line[_SPANS]
+        begin, end = line[_PART], line[_PART] + line[_SPANS]
+        for m in range(sequence[_COUNT] * group if line[_SPANS] > 1 else 0):
+            peak = peaks[begin, m]
+            for part in range(begin + 1, end):
+                peak = max(peak, peaks[part, m])
+            gathered[:] = 0
+            total = np.float32(0)
+            for part in range(begin, end):
+                weight = totals[part, m] * exp2(peaks[part, m] - peak)
+                total += weight
+                for d in range(len(gathered)):
+                    gathered[d] += weight * parts[part * tile + m // group, m % group, d]
+            for d in range(len(gathered)):
+                context[sequence[_ROW] + m // group, line[_HEAD] * group + m % group, d] = gathered[d] / total
+
+
+@compiled(parallel=True)
+def _softmax(scores: Array) -> None:
+    """Replace each row of scores (N, S) by its probabilities."""
+    n_rows, n_all = scores.shape
+    for row in prange(n_rows):
         highest = np.float32(-np.inf)
         for s in range(n_all):
-            dot = np.float32(0)
-            for d in range(head_dim):
-                dot += q[h, d] * keys[s, kv, d]
-            weights[s] = dot
-            highest = max(highest, dot)
+            highest = max(highest, scores[row, s])
         total = np.float32(0)
         for s in range(n_all):
-            weights[s] = exp((weights[s] - highest) * scale)
-            total += weights[s]
-        gathered = np.zeros(head_dim, np.float32)
+            scores[row, s] = exp(scores[row, s] - highest)
+            total += scores[row, s]
         for s in range(n_all):
-            for d in range(head_dim):
-                gathered[d] += weights[s] * values[s, kv, d]
-        for d in range(head_dim):
-            context[h, d] = gathered[d] / total
+            scores[row, s] /= total

@@ -1,99 +1,90 @@
-"""Twins of `npllama.ops.linear` and `linears`: rows times a weight matrix, widened in registers."""
+"""Twins of `npllama.ops.linear` and `linears`: which kernel multiplies what is a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from numba import prange
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
+from typing import TypeAlias
 
 from npllama.dtypes import Array, Tensor
-from npllama.kernels.jit import compiled, widened
+from npllama.kernels import portable, quantised, quantised_dots, quantised_tiles, tiles
+from npllama.kernels.features import choose, host_features, ladder
+from npllama.kernels.memory import aligned
 
-#: Multiplications below which waking the other threads costs more than it saves.
-_SMALL = 1 << 18
-#: Bytes of input that are multiplied in one pass over the weights: they are read again for every row, from the cache.
-_PASS_BYTES = 1 << 20
+#: ``product(x, weights, outputs)``: fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, all of one storage type.
+Product: TypeAlias = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
+
+_QUANTISED: dict[str, Product] = {
+    "amx": quantised_tiles.multiply,
+    "avx512": quantised_dots.multiply,
+    "portable": quantised.multiply,
+}
+#: Storage type of the weights -> path of `npllama.kernels.features` -> product.
+PRODUCTS: dict[str, dict[str, Product]] = {
+    "float32": {"portable": portable.multiply},
+    "bfloat16": {"amx": tiles.multiply, "portable": portable.multiply},
+    "int8": _QUANTISED,
+    "int4": _QUANTISED,
+}
 
 
-def linear(x: Array, weight: Tensor) -> Array:
-    """Multiply rows by a weight matrix: ``y = x · weightᵀ``. See `npllama.ops.linear`."""
-    n_new, (m, n) = x.shape[0], weight.shape
-    y = np.empty((n_new, m), np.float32)
-    product = _alone if n_new * m * n < _SMALL else _shared
-    rows = max(4, _PASS_BYTES // (4 * n) // 4 * 4)  # whole tiles
-    for start in range(0, n_new, rows):
-        product(x[start : start + rows], weight.data, y[start : start + rows])
-    return y
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Products on one path.
+
+    Attributes
+    ----------
+    path : str
+        One of `npllama.kernels.features.PATHS`.
+    by_dtype : dict
+        Storage type of the weights -> product.
+    """
+
+    path: str
+    by_dtype: dict[str, Product]
+
+    def linear(self, x: Array, weight: Tensor, bias: Tensor | None = None) -> Array:
+        """Multiply rows by a weight matrix: ``y = x · weightᵀ + bias``. See `npllama.ops.linear`."""
+        return self.linears(x, (weight,), (bias,))[0]
+
+    def linears(self, x: Array, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> tuple[Array, ...]:
+        """Multiply the same rows by several weight matrices. See `npllama.ops.linears`.
+
+        Those of one storage type are one product, so that threads meet once.
+        """
+        n_new = len(x)
+        outputs = tuple(aligned(n_new * weight.shape[0], x).reshape(n_new, weight.shape[0]) for weight in weights)
+        for dtype in {weight.dtype for weight in weights}:
+            mine = [i for i, weight in enumerate(weights) if weight.dtype == dtype]
+            self.by_dtype[dtype](x, [weights[i] for i in mine], [outputs[i] for i in mine])
+        for y, bias in zip_longest(outputs, biases):
+            if bias is not None:
+                y += bias.numbers()
+        return outputs
 
 
-def linears(x: Array, weights: Sequence[Tensor]) -> tuple[Array, ...]:
+@cache
+def products(forced: str | None = None) -> Products:
+    """Return the products of the best path for this processor, or of a forced one.
+
+    Raises
+    ------
+    ParameterError, UnsupportedError
+        See `npllama.kernels.features.choose`.
+    """
+    path = choose(host_features(), forced)
+    steps = ladder(path)
+    by_dtype = {dtype: next(by_path[step] for step in steps if step in by_path) for dtype, by_path in PRODUCTS.items()}
+    return Products(path, by_dtype)
+
+
+def linear(x: Array, weight: Tensor, bias: Tensor | None = None) -> Array:
+    """Multiply rows by a weight matrix: ``y = x · weightᵀ + bias``. See `npllama.ops.linear`."""
+    return products().linear(x, weight, bias)
+
+
+def linears(x: Array, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> tuple[Array, ...]:
     """Multiply the same rows by several weight matrices. See `npllama.ops.linears`."""
-    return tuple(linear(x, weight) for weight in weights)
-
-
-# Two functions, not one compiled twice: Numba's disk cache knows a kernel by its name, not by how it was compiled.
-
-
-@compiled(parallel=True)
-def _shared(x: Array, weight: Array, y: Array) -> None:
-    """Fill y (T, M) with x (T, N) · weight (M, N)ᵀ, the rows of the weight shared between threads.
-
-    Bands of four weight rows are dealt out in contiguous runs, so each thread streams its own part of the matrix once.
-    An output is always one thread's sum in one order: the numbers do not depend on how many threads there are.
-    """
-    for band in prange((y.shape[1] + 3) // 4):
-        _band(x, weight, y, 4 * band)
-
-
-@compiled()
-def _alone(x: Array, weight: Array, y: Array) -> None:
-    """Fill y like `_shared`, on the calling thread."""
-    for band in range((y.shape[1] + 3) // 4):
-        _band(x, weight, y, 4 * band)
-
-
-@compiled(inline=True)
-def _band(x: Array, weight: Array, y: Array, first: int) -> None:
-    """Fill the columns of y from ``first`` on that belong to four weight rows, or to as many as are left.
-
-    Tiles of four rows by four tokens use every number that is loaded four times; what does not fill a tile is done one
-    dot product at a time.
-    """
-    n_new, m = y.shape
-    rows = min(4, m - first)
-    done = n_new - n_new % 4 if rows == 4 else 0
-    for t in range(0, done, 4):
-        _tile(x[t : t + 4], weight[first : first + 4], y[t : t + 4, first : first + 4])
-    for t in range(done, n_new):
-        for i in range(first, first + rows):
-            y[t, i] = _dot(x[t], weight[i])
-
-
-@compiled(inline=True)
-def _dot(x: Array, w: Array) -> Any:
-    total = np.float32(0)
-    for j in range(x.shape[0]):
-        total += widened(w[j]) * x[j]
-    return total
-
-
-@compiled(inline=True)
-def _tile(x: Array, w: Array, y: Array) -> None:
-    """Fill y (4, 4) with x (4, N) · w (4, N)ᵀ: sixteen sums that the compiler keeps in vector registers."""
-    a0 = a1 = a2 = a3 = np.float32(0)
-    b0 = b1 = b2 = b3 = np.float32(0)
-    c0 = c1 = c2 = c3 = np.float32(0)
-    d0 = d1 = d2 = d3 = np.float32(0)
-    for j in range(x.shape[1]):
-        w0, w1, w2, w3 = widened(w[0, j]), widened(w[1, j]), widened(w[2, j]), widened(w[3, j])
-        a, b, c, d = x[0, j], x[1, j], x[2, j], x[3, j]
-        a0, a1, a2, a3 = a0 + a * w0, a1 + a * w1, a2 + a * w2, a3 + a * w3
-        b0, b1, b2, b3 = b0 + b * w0, b1 + b * w1, b2 + b * w2, b3 + b * w3
-        c0, c1, c2, c3 = c0 + c * w0, c1 + c * w1, c2 + c * w2, c3 + c * w3
-        d0, d1, d2, d3 = d0 + d * w0, d1 + d * w1, d2 + d * w2, d3 + d * w3
-    y[0, 0], y[0, 1], y[0, 2], y[0, 3] = a0, a1, a2, a3
-    y[1, 0], y[1, 1], y[1, 2], y[1, 3] = b0, b1, b2, b3
-    y[2, 0], y[2, 1], y[2, 2], y[2, 3] = c0, c1, c2, c3
-    y[3, 0], y[3, 1], y[3, 2], y[3, 3] = d0, d1, d2, d3
+    return products().linears(x, weights, biases)

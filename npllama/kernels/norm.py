@@ -1,4 +1,4 @@
-"""Twin of `npllama.ops.rms_norm`."""
+"""Twins of `npllama.ops.rms_norm` and `layer_norm`."""
 
 from __future__ import annotations
 
@@ -25,3 +25,27 @@ def _rms_norm(x: Array, weight: Array, eps: np.float32, y: Array) -> None:
         scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
         for j in range(dim):
             y[t, j] = x[t, j] * scale * widened(weight[j])
+
+
+def layer_norm(x: Array, weight: Tensor, bias: Tensor, eps: float) -> Array:
+    """Shift and scale each row to mean 0 and variance 1, then by weight and bias. See `npllama.ops.layer_norm`."""
+    y = np.empty_like(x)
+    _layer_norm(x, weight.data, bias.data, np.float32(eps), y)
+    return y
+
+
+@compiled()
+def _layer_norm(x: Array, weight: Array, bias: Array, eps: np.float32, y: Array) -> None:
+    n_new, dim = x.shape
+    for t in range(n_new):
+        mean = np.float32(0)
+        for j in range(dim):
+            mean += x[t, j]
+        mean /= np.float32(dim)
+        total = np.float32(0)
+        for j in range(dim):
+            centred = x[t, j] - mean
+            total += centred * centred
+        scale = np.float32(1) / np.sqrt(total / np.float32(dim) + eps)
+        for j in range(dim):
+            y[t, j] = (x[t, j] - mean) * scale * widened(weight[j]) + widened(bias[j])

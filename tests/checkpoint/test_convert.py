@@ -19,7 +19,7 @@ from npllama.checkpoint.source import Source
 from npllama.checkpoint.store import manifest as manifests
 from npllama.checkpoint.store.folder import Store, verify_store
 from npllama.config import RopeScaling
-from npllama.dtypes import Array
+from npllama.dtypes import Array, widen
 from npllama.errors import (
     CorruptDataError,
     NpllamaError,
@@ -101,6 +101,61 @@ def test_every_tensor_is_verified_after_it_was_read(tmp_path: Path) -> None:
     assert not (tmp_path / "m.partial" / "weights" / "norm.weight.npy").exists()
 
 
+# --- small integers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_matrices_become_integers_and_the_rest_stays_as_it_was(tmp_path: Path, dtype: str, source: str) -> None:
+    values = stored(dtype=source)
+    store = Store.open(convert_checkpoint(checkpoint(values, dtype=source), tmp_path / "m", dtype=dtype))
+    assert store.manifest["dtype"] == dtype
+    steps = {"int8": 2 * 127, "int4": 15}[dtype]
+    for name, found in numbers(store).items():
+        exact = widen(values[name], source)
+        if exact.ndim == 1:
+            assert store.entries[name].dtype == "float32"
+            np.testing.assert_array_equal(found, exact)
+        else:
+            assert store.entries[name].dtype == dtype
+            span = exact.max(axis=1) - exact.min(axis=1) if dtype == "int4" else 2 * np.abs(exact).max(axis=1)
+            assert (np.abs(found - exact) <= span[:, None] / steps * 1.6).all(), name  # ends may be cut off
+            assert not np.array_equal(found, exact)
+
+
+def test_a_router_stays_float32() -> None:
+    assert manifests.weight_dtype("layers.0.feed_forward.router.weight", (8, 64), "int4") == "float32"
+    assert manifests.weight_dtype("layers.0.feed_forward.w1.weight", (8, 64), "int4") == "int4"
+    assert manifests.weight_dtype("layers.0.feed_forward.router.weight", (8, 64), "bfloat16") == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_blocks_do_not_change_what_is_written(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = convert_checkpoint(checkpoint(), tmp_path / "whole", dtype=dtype)
+    monkeypatch.setattr("npllama.checkpoint.store.stream._BLOCK_BYTES", 100)
+    assert tree(convert_checkpoint(checkpoint(), tmp_path / "parts", dtype=dtype)) == tree(whole)
+
+
+def test_a_quantised_output_with_equal_numbers_is_tied(tmp_path: Path) -> None:
+    values = stored()
+    values["output.weight"] = values["tok_embeddings.weight"].copy()
+    store = Store.open(convert_checkpoint(checkpoint(values), tmp_path / "m", dtype="int4"))
+    assert store.config.tied
+    assert not list((tmp_path / "m" / "weights").glob("output.*"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_files_of_integers_say_something_sensible_to_numpy(tmp_path: Path, dtype: str) -> None:
+    folder = convert_checkpoint(checkpoint(), tmp_path / "m", dtype=dtype) / "weights"
+    parts = {file.name: np.load(file, mmap_mode="r") for file in folder.glob("layers.0.feed_forward.w2.weight*")}
+    data = parts.pop("layers.0.feed_forward.w2.weight.npy")
+    assert (data.dtype, data.shape) == ((np.int8, (8, 64)) if dtype == "int8" else (np.uint8, (8, 32)))
+    assert set(parts) == {
+        f"layers.0.feed_forward.w2.weight.{kind}.npy" for kind in ("scale", "min")[: 1 if dtype == "int8" else 2]
+    }
+    assert all((part.dtype, part.shape) == (np.uint16, (8, 1)) for part in parts.values())
+
+
 # --- what the folder is --------------------------------------------------------------------------------------------
 
 
@@ -130,10 +185,14 @@ def test_manifest_is_this_to_the_byte(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (folder / "manifest.json").read_text() == GOLDEN.read_text()
 
 
-def test_digests_are_those_of_the_files(tmp_path: Path) -> None:
-    folder = convert_checkpoint(checkpoint(), tmp_path / "m")
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+def test_digests_are_those_of_the_files(tmp_path: Path, dtype: str) -> None:
+    folder = convert_checkpoint(checkpoint(), tmp_path / "m", dtype=dtype)
     document = json.loads((folder / "manifest.json").read_bytes())
-    for line in document["tensors"] + document["tokenizer"]:
+    lines = [*document["tensors"], *document["tokenizer"]]
+    lines += [line[kind] for line in document["tensors"] for kind in ("scale", "min") if kind in line]
+    assert {file.relative_to(folder).as_posix() for file in folder.glob("*/*")} == {line["file"] for line in lines}
+    for line in lines:
         assert hashlib.sha256((folder / line["file"]).read_bytes()).hexdigest() == line["sha256"]
     digest = document.pop("digest")
     spelled = json.dumps(document, sort_keys=True, separators=(",", ":"))
@@ -177,8 +236,8 @@ def test_rope_frequencies_are_float32_in_every_store(tmp_path: Path) -> None:
     for dtype in ("bf16", "f32"):
         made = checkpoint(config=config, freq_factors=factors)
         store = Store.open(convert_checkpoint(made, tmp_path / dtype, dtype=dtype))
-        assert store.rope_freqs().dtype == np.float32
-        np.testing.assert_array_equal(store.rope_freqs(), [0.25])
+        assert store.frequencies()[0].dtype == np.float32
+        np.testing.assert_array_equal(store.frequencies()[0], [0.25])
         np.testing.assert_array_equal(np.load(tmp_path / dtype / "weights" / "rope.freqs.npy"), [0.25])
 
 
@@ -186,7 +245,7 @@ def test_bfloat16_frequency_factors_are_numbers_and_not_bit_patterns(tmp_path: P
     config = replace(CONFIG, rope_scaling=RopeScaling("factors"))
     factors = ref("rope_freqs.weight", np.array([0x4080], np.uint16), "bfloat16")
     store = Store.open(convert_checkpoint(checkpoint(config=config, freq_factors=factors), tmp_path / "m"))
-    np.testing.assert_array_equal(store.rope_freqs(), [0.25])
+    np.testing.assert_array_equal(store.frequencies()[0], [0.25])
 
 
 # --- ties ----------------------------------------------------------------------------------------------------------
@@ -277,7 +336,7 @@ def test_formats_of_one_model_give_the_same_weights(tmp_path: Path) -> None:
         store = Store.open(folder)
         assert store.manifest["rope_layout"] == "interleaved"
         assert store.manifest["source_rope_layout"] == layout
-        np.testing.assert_array_equal(store.rope_freqs(), inverse_frequencies(config))
+        np.testing.assert_array_equal(store.frequencies()[0], inverse_frequencies(config))
         for name, bits in loud_bits(tensors).items():
             np.testing.assert_array_equal(store.tensor(name).data, bits, err_msg=name)
 

@@ -30,13 +30,8 @@ def refused(folder: Path, error: type[NpllamaError], match: str, *, dtype: str =
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_integer_dtypes_are_refused_by_name(tmp_path: Path, dtype: str) -> None:
-    refused(tmp_path, UnsupportedError, f"{dtype} is not supported yet", dtype=dtype)
-
-
 def test_an_unknown_dtype_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    refused(tmp_path, ParameterError, r"'fp8'.*bf16, f32", dtype="fp8")
+    refused(tmp_path, ParameterError, r"'fp8'.*bf16, f32, int8, int4", dtype="fp8")
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
@@ -74,7 +69,7 @@ def test_the_root_of_the_disk_is_refused() -> None:
         convert_checkpoint(checkpoint(), "/")
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("dtype", ["bf16", "f32", "int8", "int4"])
 def test_nan_and_infinities_are_counted_and_located(tmp_path: Path, dtype: str) -> None:
     values = stored()
     values["layers.1.feed_forward.w2.weight"][5, 3] = np.nan
@@ -83,6 +78,24 @@ def test_nan_and_infinities_are_counted_and_located(tmp_path: Path, dtype: str) 
         convert_checkpoint(checkpoint(values), tmp_path / "m", dtype=dtype)
     assert "layers.1.feed_forward.w2.weight has 1 NaN and 2 infinite numbers, the first at [5, 3]" in str(caught.value)
     assert "--allow-nan" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_what_is_too_large_for_a_group_counts_as_infinite(tmp_path: Path, dtype: str) -> None:
+    values = stored()
+    values["output.weight"][1, 2] = 3e38
+    with pytest.raises(CorruptDataError, match=r"0 NaN and 1 infinite numbers, the first at \[1, 2\]"):
+        convert_checkpoint(checkpoint(values), tmp_path / "m", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_an_allowed_nan_makes_its_group_nan_and_never_a_number(tmp_path: Path, dtype: str) -> None:
+    values = stored()
+    values["output.weight"][1, 2] = np.inf
+    store = Store.open(convert_checkpoint(checkpoint(values), tmp_path / "m", dtype=dtype, allow_nan=True))
+    found = store.tensor("output.weight").numbers()
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(np.delete(found, 1, axis=0)).all()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])

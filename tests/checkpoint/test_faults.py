@@ -82,7 +82,7 @@ def test_killed_at_any_step_it_is_never_half_and_resumes_to_the_same_bytes() -> 
     assert report["twice"] > 30
 
 
-def interrupted(folder: Path, after: int = 600, **changes: Any) -> None:
+def interrupted(folder: Path, after: int = 600, dtype: str = "bf16", **changes: Any) -> None:
     """Interrupt a conversion to ``folder/m`` after so many bytes."""
 
     def stop(what: str, done: int, total: int) -> None:
@@ -90,7 +90,7 @@ def interrupted(folder: Path, after: int = 600, **changes: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(checkpoint(**changes), folder / "m", progress=stop)
+        convert_checkpoint(checkpoint(**changes), folder / "m", dtype=dtype, progress=stop)
 
 
 def test_an_interrupted_conversion_keeps_its_work_and_frees_its_lock(
@@ -133,6 +133,16 @@ def test_a_tensor_whose_file_vanished_is_written_again(tmp_path: Path, complete:
     assert tree(tmp_path / "m") == complete
 
 
+@pytest.mark.parametrize("part", ["", ".scale", ".min"])
+def test_a_quantised_tensor_of_which_a_part_vanished_is_written_again(tmp_path: Path, part: str) -> None:
+    interrupted(tmp_path, dtype="int4")
+    weights = tmp_path / "m.partial" / "weights"
+    name = next(weights.glob("*.min.npy")).name.removesuffix(".min.npy")
+    (weights / f"{name}{part}.npy").unlink()
+    convert_checkpoint(checkpoint(), tmp_path / "m", dtype="int4")
+    assert tree(tmp_path / "m") == tree(convert_checkpoint(checkpoint(), tmp_path / "alone", dtype="int4"))
+
+
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_journal_cut_short_loses_its_last_line_only(tmp_path: Path, complete: dict[str, bytes], cut: int) -> None:
     interrupted(tmp_path)
@@ -158,6 +168,7 @@ def test_a_ruined_journal_means_starting_over(tmp_path: Path, complete: dict[str
     "other",
     [
         {"dtype": "f32"},
+        {"dtype": "int8"},
         {"layers": 1},
         {"allow_nan": True},
         {"verify_crc": False},

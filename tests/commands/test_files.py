@@ -48,13 +48,26 @@ def test_convert_hands_on_every_option(npllama: Npllama, monkeypatch: pytest.Mon
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_convert_refuses_what_is_not_supported_by_name(
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+def test_convert_writes_the_audit_and_says_the_sum_of_it(
     npllama: Npllama, checkpoint: Path, tmp_path: Path, dtype: str
 ) -> None:
-    done = npllama("convert", checkpoint, tmp_path / "store", "--dtype", dtype)
-    assert done.code == 4
-    assert f"UnsupportedError: dtype {dtype}" in done.err
+    done = npllama("convert", checkpoint, tmp_path / "store", "--dtype", dtype, "--audit", tmp_path / "audit.json")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'store'}\n")
+    assert "weights at" in done.err
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["dtype"] == {"bf16": "bfloat16", "int4": "int4"}[dtype]
+    assert {"name", "dtype", "shape", "bits_per_weight", "max_error", "rms_error", "sqnr_db"} == set(
+        found["tensors"][0]
+    )
+
+
+def test_an_audit_that_cannot_be_written_is_an_error_about_the_disk(
+    npllama: Npllama, checkpoint: Path, tmp_path: Path
+) -> None:
+    done = npllama("convert", checkpoint, tmp_path / "store", "--audit", tmp_path / "nowhere" / "audit.json")
+    assert done.code == 5
+    assert "cannot write the audit" in done.err
 
 
 def test_pull_prints_the_folder_and_nothing_else(npllama: Npllama, monkeypatch: pytest.MonkeyPatch) -> None:

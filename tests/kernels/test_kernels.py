@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from npllama import kernels, ops
 from npllama.dtypes import Array, Tensor, narrow
 from npllama.kernels import jit, warmup
-from npllama.taps import untapped
+from npllama.kernels.paths import twins
 
 RNG = np.random.default_rng(11)
 ROWS = [1, 2, 4, 5, 33]
@@ -48,26 +49,6 @@ def test_linear(n_new: int, dtype: str, m: int, n: int) -> None:
     assert_close(kernels.linear(x, weight), ops.linear(*wide(x), weight))
 
 
-def test_linear_in_several_passes_equals_linear_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = normal(23, 64), stored(normal(29, 64), "bfloat16")
-    whole = kernels.linear(x, weight)
-    monkeypatch.setattr("npllama.kernels.matmul._PASS_BYTES", 8 * 64 * 4)
-    np.testing.assert_array_equal(kernels.linear(x, weight), whole)
-
-
-@pytest.mark.parametrize("n_new", [1, 8, 30])
-@pytest.mark.parametrize("m", [3, 128, 131])
-def test_linear_shared_between_threads_equals_linear_on_one(
-    monkeypatch: pytest.MonkeyPatch, n_new: int, m: int
-) -> None:
-    x, weight = normal(n_new, 64), stored(normal(m, 64), "bfloat16")
-    results = []
-    for small in (0, 1 << 60):
-        monkeypatch.setattr("npllama.kernels.matmul._SMALL", small)
-        results.append(kernels.linear(x, weight))
-    np.testing.assert_array_equal(*results)
-
-
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_linears(dtype: str) -> None:
     x, weights = normal(3, 16), [stored(normal(m, 16), dtype) for m in (8, 4, 4)]
@@ -98,28 +79,42 @@ def test_softmax(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(scores, before)
 
 
+ACTIVATIONS = sorted(ops.ACTIVATIONS)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_the_whole_range_of_float32(activation: str) -> None:
+    ends = np.float32([[-3e38, -200, -88, -87, 0, 87, 88, 89, 3e38]])
+    gate, up = np.concatenate([normal(1, 500) * 30, normal(1, 500), ends], axis=1), normal(1, 1009)
+    with np.errstate(over="ignore"):  # 3e38 cubed
+        exact = ops.activate(*wide(gate), activation)
+    # GELU's integral falls off so fast that its tail is the difference of nearly equal numbers in any float32.
+    absolute = 1e-35 if activation in ("silu", "relu") else 1e-6
+    np.testing.assert_allclose(kernels.activate(gate, activation), exact, rtol=1e-6, atol=absolute)
+    finite = np.abs(gate) < 1e30
+    glu = kernels.glu(gate, up, activation)[finite]
+    np.testing.assert_allclose(glu, (exact * up)[finite], rtol=1e-6, atol=4 * absolute)
+
+
 @pytest.mark.parametrize("n_new", ROWS)
-@pytest.mark.parametrize("n_past", [0, 1, 50])
-@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (9, 3), (5, 1)])
-def test_attention(n_new: int, n_past: int, n_heads: int, n_kv_heads: int) -> None:
-    q = normal(n_new, n_heads, 16) * 3
-    keys, values = normal(n_new + n_past, n_kv_heads, 16), normal(n_new + n_past, n_kv_heads, 16)
-    expected = ops.attention(*wide(q, keys, values), untapped)
-    assert_close(kernels.attention(q, keys, values, untapped), expected, ulps=64)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_layer_norm(n_new: int, dtype: str) -> None:
+    x, weight, bias = normal(n_new, 100) + 3, stored(normal(100), dtype), stored(normal(100), dtype)
+    assert_close(kernels.layer_norm(x, weight, bias, 1e-5), ops.layer_norm(*wide(x), weight, bias, 1e-5), ulps=64)
 
 
-def test_attention_reads_views_of_a_longer_cache() -> None:
-    cache = normal(2, 40, 2, 8)
-    keys, values = cache[0, :7], cache[1, :7]
-    q = normal(1, 4, 8)
-    assert_close(kernels.attention(q, keys, values, untapped), ops.attention(*wide(q, keys, values), untapped), 64)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_expert_linear(dtype: str) -> None:
+    x, stack = normal(9, 2, 64), stored(normal(4 * 48, 64), dtype)
+    chosen = np.sort(np.array([RNG.permutation(4)[:2] for _ in range(9)]), axis=1)
+    assert_close(kernels.expert_linear(x, chosen, stack, 4), ops.expert_linear(*wide(x), chosen, stack, 4))
 
 
-def test_swiglu_over_the_whole_range_of_float32() -> None:
-    gate = np.concatenate([normal(1, 500) * 30, np.float32([[-3e38, -200, -88, -87, 0, 87, 88, 89, 3e38]])], axis=1)
-    up = np.ones_like(gate)
-    kernel, op = kernels.swiglu(gate, up), ops.swiglu(*wide(gate, up))
-    np.testing.assert_allclose(kernel, op, rtol=1e-6, atol=1e-35)
+def test_every_kernel_has_the_name_of_an_operation_on_every_path() -> None:
+    for path in (None, "portable"):
+        found = twins(path)
+        assert {"linear", "linears", "attention", "attentions", "rms_norm", "glu", "expert_linear"} <= set(found)
+        assert all(callable(getattr(ops, name)) for name in found)
 
 
 def test_exp_is_right_to_float32s_last_bit_and_ends_where_float32_does() -> None:
@@ -138,7 +133,7 @@ def test_nothing_is_left_to_compile_after_the_warm_up(dtype: str) -> None:
     from tests.fixtures.loud import loud_config
 
     seen: list[tuple[str, int, int]] = []
-    warmup.compile_kernels(dtype, lambda *step: seen.append(step))
+    warmup.compile_kernels(SimpleNamespace(**twins()), dtype, lambda *step: seen.append(step))
     assert seen[0][1] == 0
     assert seen[-1][1] == seen[-1][2] == len(seen) - 1
     config = loud_config()

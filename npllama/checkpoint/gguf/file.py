@@ -52,14 +52,18 @@ class GgufFile:
     metadata : mapping of str to object
         Python numbers, bools and strings; lists of str; read-only one-dimensional ndarrays for arrays of numbers.
     tensors : dict of str to TensorRef
-        In the file's order, under the file's names. Shapes are in NumPy's order, the slowest axis first. F32, F16, BF16
-        and F64 keep their dtype; block-quantised tensors yield float32 and carry their ``encoding``.
+        In the file's order, under the file's names. Shapes are in NumPy's order, the slowest axis first. A tensor of
+        more than two axes, the matrices of E experts (E, M, N), is one matrix (E*M, N): they stand under one another.
+        F32, F16, BF16 and F64 keep their dtype; block-quantised tensors yield float32 and carry their ``encoding``.
+    stacks : mapping of str to int
+        How many matrices stand under one another in each tensor that the file gives more than two axes.
     source : Source
         The open file.
     """
 
     metadata: Mapping[str, Any]
     tensors: dict[str, TensorRef]
+    stacks: Mapping[str, int]
     source: Source
 
 
@@ -101,7 +105,14 @@ def _parse(source: Source) -> GgufFile:
     n_pairs = _count(cursor, "metadata pairs", _MIN_PAIR_BYTES)
     metadata = _read_metadata(cursor, n_pairs)
     alignment = metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
-    return GgufFile(metadata, _read_directory(cursor, n_tensors, alignment), source)
+    entries = _read_directory(cursor, n_tensors, alignment)
+    data_start = _align(cursor.position, alignment)
+    return GgufFile(
+        metadata,
+        tensors={entry.name: _tensor(source, entry, data_start + entry.offset) for entry in entries},
+        stacks={entry.name: prod(entry.dims[:-2]) for entry in entries if len(entry.dims) > 2},
+        source=source,
+    )
 
 
 def _check_magic(cursor: Cursor) -> None:
@@ -151,16 +162,21 @@ class _Entry:
     """One line of the tensor directory; ``offset`` counts from the start of the data."""
 
     name: str
-    shape: tuple[int, ...]
+    dims: tuple[int, ...]
     encoding: Encoding
     offset: int
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Matrices under one another are one matrix."""
+        return self.dims if len(self.dims) <= 2 else (prod(self.dims[:-1]), self.dims[-1])
+
+    @property
     def nbytes(self) -> int:
-        return prod(self.shape) // self.encoding.block_size * self.encoding.block_bytes
+        return prod(self.dims) // self.encoding.block_size * self.encoding.block_bytes
 
 
-def _read_directory(cursor: Cursor, count: int, alignment: int) -> dict[str, TensorRef]:
+def _read_directory(cursor: Cursor, count: int, alignment: int) -> list[_Entry]:
     """Read the directory; tensors must lie one after the other, each at the next aligned offset, inside the file."""
     if alignment < 1 or alignment & (alignment - 1):
         cursor.record = f"key {_ALIGNMENT!r}"
@@ -176,8 +192,7 @@ def _read_directory(cursor: Cursor, count: int, alignment: int) -> dict[str, Ten
             raise cursor.corrupt(f"the data are said to be at {entry.offset}, but {free} is the next aligned place")
         entries[entry.name] = entry
         free = _align(entry.offset + entry.nbytes, alignment)
-    data_start = _align(cursor.position, alignment)
-    return {entry.name: _tensor(cursor.source, entry, data_start + entry.offset) for entry in entries.values()}
+    return list(entries.values())
 
 
 def _align(position: int, alignment: int) -> int:
@@ -190,9 +205,9 @@ def _read_entry(cursor: Cursor) -> _Entry:
     n_dims = cursor.number(UINT32)
     if n_dims > _MAX_DIMS:
         raise cursor.corrupt(f"{n_dims} dimensions, expected at most {_MAX_DIMS}")
-    shape = tuple(cursor.length() for _ in range(n_dims))[::-1]
-    if not 1 <= prod(shape) <= _MAX_NUMBERS:
-        raise cursor.corrupt(f"a shape of {' x '.join(map(str, shape))} is impossible")
+    dims = tuple(cursor.length() for _ in range(n_dims))[::-1]
+    if not 1 <= prod(dims) <= _MAX_NUMBERS:
+        raise cursor.corrupt(f"a shape of {' x '.join(map(str, dims))} is impossible")
     number = cursor.number(UINT32)
     encoding = ENCODINGS.get(number)
     if encoding is None:
@@ -202,10 +217,10 @@ def _read_entry(cursor: Cursor) -> _Entry:
             record=cursor.record,
             remedy=f"Use a release in one of: {', '.join(known.name for known in ENCODINGS.values())}.",
         )
-    row = shape[-1] if shape else 1
+    row = dims[-1] if dims else 1
     if row % encoding.block_size:
         raise cursor.corrupt(f"a row of {row} numbers is not a multiple of {encoding.name}'s {encoding.block_size}")
-    return _Entry(name, shape, encoding, cursor.length())
+    return _Entry(name, dims, encoding, cursor.length())
 
 
 def _tensor(source: Source, entry: _Entry, start: int) -> TensorRef:

@@ -102,7 +102,7 @@ def _assemble(
     config, notes = from_params_json(read_file(params), params, rope_factor=rope_factor, vocab_size=_vocab_size(files))
     merged = merge(files, expected(replace(config, tied=False)))
     config = replace(config, tied=_is_tied(merged))
-    chosen = select({name: entry.ref for name, entry in merged.items()}, config, "name", path)
+    chosen = select({name: entry.ref for name, entry in merged.items()}, config, path)
     tokenizer = tokenizer_files(folder, names, META)
     found_notes = [*notes, *files[0].notes]
     if ignored := [name for name in merged if is_ignored(name)]:

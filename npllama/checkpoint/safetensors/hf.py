@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from npllama.checkpoint.names import expected, select
-from npllama.checkpoint.rope import interleaved
+from npllama.checkpoint.assemble import assemble
 from npllama.checkpoint.safetensors.file import SafetensorsFile, open_safetensors
 from npllama.checkpoint.source import file_names, is_folder, join, read_file, split
+from npllama.checkpoint.spellings import HF
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.checkpoint.tokenizer_files import HUGGING_FACE, tokenizer_files
 from npllama.config import from_hf_json
@@ -56,20 +56,16 @@ def open_hf(path: str | os.PathLike[str]) -> Checkpoint:
     with ExitStack() as stack:
         files = _open_weights(stack, folder, weights, names)
         found = {name: ref for file in files for name, ref in file.tensors.items()}
-        table = expected(config)
-        tensors = {
-            name: interleaved(ref, table[name].heads, config.head_dim) if table[name].heads else ref
-            for name, ref in select(found, config, "hf", path).items()
-        }
+        spelling = HF[config.family]
         checkpoint = Checkpoint(
             kind="hf",
             path=path,
             config=config,
-            tensors=tensors,
+            tensors=assemble(found, config, "hf", spelling, path),
             tokenizer=tokenizer_files(folder, names, HUGGING_FACE),
             notes=notes,
             sources=tuple(file.source for file in files),
-            rope_layout="half-split",
+            rope_layout="half-split" if spelling.half_split else "interleaved",
         )
         stack.pop_all()
     return checkpoint

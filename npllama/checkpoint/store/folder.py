@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from npllama.checkpoint.source import read_file
 from npllama.checkpoint.store import manifest as manifests
-from npllama.checkpoint.store.manifest import ROPE_FREQS, Entry
+from npllama.checkpoint.store.manifest import ROPE_FREQS, ROPE_FREQS_LONG, Entry, Part
 from npllama.config import ModelConfig
-from npllama.dtypes import STORAGE, Tensor
+from npllama.dtypes import STORAGE, Array, Tensor
 from npllama.errors import (
     CorruptDataError,
     FileAccessError,
@@ -86,8 +86,9 @@ class Store:
         """
         store = _read_manifest(Path(path))
         for entry in store.entries.values():
-            with _opened(store.path, entry):
-                pass
+            for part in entry.parts:
+                with _opened(store.path, part):
+                    pass
         for line in store.manifest["tokenizer"]:
             _check_tokenizer_file(store.path, line)
         return store
@@ -113,7 +114,7 @@ class Store:
         Returns
         -------
         Tensor
-            Its ``data`` is a read-only ndarray on the file's pages.
+            Its arrays are read-only ndarrays on the files' pages.
 
         Raises
         ------
@@ -123,14 +124,23 @@ class Store:
         entry = self.entries.get(self.manifest["tied"].get(name, name))
         if entry is None:
             raise ParameterError(f"there is no tensor {name!r}", file=self.path, remedy="See `npllama inspect`.")
-        with _opened(self.path, entry) as descriptor:
-            pages = mmap.mmap(descriptor, entry.file_bytes, access=mmap.ACCESS_READ)
-        flat = np.frombuffer(pages, STORAGE[entry.dtype], offset=len(entry.header))
-        return Tensor(flat.reshape(entry.shape), entry.dtype)
+        data, *rest = (_mapped(self.path, part) for part in entry.parts)
+        if not rest:
+            return Tensor(data, entry.dtype)
+        scales, minima = (*rest, None)[:2]
+        return Tensor(data, entry.dtype, scales, minima, entry.shape[-1])
 
-    def rope_freqs(self) -> NDArray[np.float32]:
-        """Return the RoPE inverse frequencies, shape (Dh/2,), float32, radians per position."""
-        return self.tensor(ROPE_FREQS).numbers()
+    def find(self, name: str) -> Tensor | None:
+        """Map a tensor, or return None if the model has no such tensor."""
+        return self.tensor(name) if self.manifest["tied"].get(name, name) in self.entries else None
+
+    def frequencies(self) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        """Return the RoPE inverse frequencies, shape (Dh/2,), float32, radians per position, and longrope's second set.
+
+        None for what the model does not have.
+        """
+        short, long = self.find(ROPE_FREQS), self.find(ROPE_FREQS_LONG)
+        return None if short is None else short.numbers(), None if long is None else long.numbers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,33 +174,34 @@ def verify_store(path: str | os.PathLike[str], progress: Progress | None = None)
         As `Store.open`, when not even the manifest can be read.
     """
     store = _read_manifest(Path(path))
-    total = sum(entry.file_bytes for entry in store.entries.values())
+    parts = [part for entry in store.entries.values() for part in entry.parts]
+    total = sum(part.file_bytes for part in parts)
     problems: list[NpllamaError] = []
     read = done = 0
-    for entry in store.entries.values():
+    for part in parts:
         try:
-            with _opened(store.path, entry) as descriptor:
+            with _opened(store.path, part) as descriptor:
                 digest = hashlib.sha256()
                 while block := os.read(descriptor, _BLOCK_BYTES):
                     digest.update(block)
                     read += len(block)
                     if progress:
-                        progress("Verifying", min(done + entry.file_bytes, read), total)
-            if digest.hexdigest() != entry.sha256:
+                        progress("Verifying", min(done + part.file_bytes, read), total)
+            if digest.hexdigest() != part.sha256:
                 raise CorruptDataError(
-                    f"the SHA-256 is {digest.hexdigest()}, the manifest says {entry.sha256}",
-                    file=store.path / entry.file,
+                    f"the SHA-256 is {digest.hexdigest()}, the manifest says {part.sha256}",
+                    file=store.path / part.file,
                     remedy=_REMEDY,
                 )
         except NpllamaError as problem:
             problems.append(problem)
-        done += entry.file_bytes
+        done += part.file_bytes
     for line in store.manifest["tokenizer"]:
         try:
             read += _check_tokenizer_file(store.path, line)
         except NpllamaError as problem:
             problems.append(problem)
-    files = 1 + len(store.entries) + len(store.manifest["tokenizer"])
+    files = 1 + len(parts) + len(store.manifest["tokenizer"])
     return Verification(files, len(store.entries), read, tuple(problems))
 
 
@@ -214,10 +225,17 @@ def _read_manifest(folder: Path) -> Store:
     return Store(folder, config, document, manifests.entries(document, config, str(path)))
 
 
+def _mapped(folder: Path, part: Part) -> Array:
+    """Return an array on the pages of its file."""
+    with _opened(folder, part) as descriptor:
+        pages = mmap.mmap(descriptor, part.file_bytes, access=mmap.ACCESS_READ)
+    return np.frombuffer(pages, STORAGE[part.dtype], offset=len(part.header)).reshape(part.shape)
+
+
 @contextlib.contextmanager
-def _opened(folder: Path, entry: Entry) -> Iterator[int]:
-    """Yield a descriptor, at offset 0, of a tensor's file whose size and header are right."""
-    path = folder / entry.file
+def _opened(folder: Path, part: Part) -> Iterator[int]:
+    """Yield a descriptor, at offset 0, of a file whose size and header are right."""
+    path = folder / part.file
     try:
         # Not blocking: opening a pipe that nobody writes would never return.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -229,12 +247,12 @@ def _opened(folder: Path, entry: Entry) -> Iterator[int]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileAccessError("not a regular file", file=path, remedy=_REMEDY)
-        if status.st_size != entry.file_bytes:
-            kind = TruncatedFileError if status.st_size < entry.file_bytes else CorruptDataError
-            raise kind(f"{status.st_size} bytes, expected {entry.file_bytes}", file=path, remedy=_REMEDY)
-        if os.pread(descriptor, len(entry.header), 0) != entry.header:
+        if status.st_size != part.file_bytes:
+            kind = TruncatedFileError if status.st_size < part.file_bytes else CorruptDataError
+            raise kind(f"{status.st_size} bytes, expected {part.file_bytes}", file=path, remedy=_REMEDY)
+        if os.pread(descriptor, len(part.header), 0) != part.header:
             raise CorruptDataError(
-                f"the header is not that of {entry.dtype} {entry.shape}", file=path, offset=0, remedy=_REMEDY
+                f"the header is not that of {part.dtype} {part.shape}", file=path, offset=0, remedy=_REMEDY
             )
         yield descriptor
     except OSError as problem:

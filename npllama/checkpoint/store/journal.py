@@ -1,6 +1,6 @@
 """The diary of a conversion: what it converts, and which tensors are already on the disk.
 
-``journal.jsonl`` lies in the partial folder. Its first line is the plan; each further line is a tensor whose file is
+``journal.jsonl`` lies in the partial folder. Its first line is the plan; each further line is a tensor whose files are
 complete. A line counts only if it ends: the one that a crash cut short is dropped.
 """
 
@@ -29,18 +29,18 @@ class Journal:
     ----------
     folder : Path
         The partial folder.
-    done : dict of str to str
-        Canonical name -> SHA-256 of the tensor's complete file.
+    done : dict of str to tuple of str
+        Canonical name -> SHA-256 of each of the tensor's files, all complete.
     restarted : bool
         An earlier attempt was thrown away, because it was about something else.
     """
 
     folder: Path
-    done: dict[str, str]
+    done: dict[str, tuple[str, ...]]
     restarted: bool = False
 
-    def append(self, name: str, sha256: str) -> None:
-        """Record that a tensor's file is complete; returns when the line is on the disk."""
+    def append(self, name: str, sha256: tuple[str, ...]) -> None:
+        """Record that a tensor's files are complete; returns when the line is on the disk."""
         self.done[name] = sha256
         _append(self.folder / FILE_NAME, {"name": name, "sha256": sha256})
 
@@ -70,8 +70,8 @@ def open_journal(folder: Path, plan: Mapping[str, Any]) -> Journal:
     lines = _read(folder / FILE_NAME)
     if lines and lines[0] == {"plan": plan}:
         (folder / "weights").mkdir(exist_ok=True)
-        done = {line["name"]: line["sha256"] for line in lines[1:]}
-        return Journal(folder, {name: sha for name, sha in done.items() if (folder / _file(name)).exists()})
+        done = {line["name"]: tuple(line["sha256"]) for line in lines[1:]}
+        return Journal(folder, {name: sha256 for name, sha256 in done.items() if _exist(folder, name, len(sha256))})
     if os.path.lexists(folder):
         _discard(folder)
     folder.mkdir()
@@ -82,8 +82,8 @@ def open_journal(folder: Path, plan: Mapping[str, Any]) -> Journal:
     return Journal(folder, {}, restarted=bool(lines))
 
 
-def _file(name: str) -> str:
-    return f"weights/{name}.npy"
+def _exist(folder: Path, name: str, count: int) -> bool:
+    return all((folder / file).exists() for file in manifests.part_files(name, count))
 
 
 def _discard(folder: Path) -> None:

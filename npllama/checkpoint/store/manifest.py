@@ -10,22 +10,26 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from npllama.checkpoint.names import EMBEDDING, OUTPUT, expected
 from npllama.checkpoint.store.npy import data_bytes, header
 from npllama.config import ModelConfig
+from npllama.dtypes import GROUP, PACKINGS, SCALE, n_groups
 from npllama.errors import ConfigMismatchError, CorruptDataError, NpllamaError, VersionError
 from npllama.strict_json import parse_object
 from npllama.version import VERSION
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
-ROPE_FREQS = "rope.freqs"
+ROPE_FREQS, ROPE_FREQS_LONG = "rope.freqs", "rope.freqs_long"
 #: Logical dtypes that the weights of a store can have.
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", *PACKINGS)
+
+#: What a tensor's files hold, in order; a tensor that is not quantised has only the first.
+PARTS = ("data", "scale", "min")
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -49,6 +53,43 @@ TOKENIZER_FILE = re.compile(r"tokenizer/(?!\.)[^/\\\0]+")
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a tensor.
+
+    Attributes
+    ----------
+    file : str
+        Path relative to the model folder; made from the canonical name, never taken from input.
+    dtype : str
+        Logical dtype of the array, a key of `npllama.dtypes.STORAGE`.
+    shape : tuple of int
+        Shape of the array.
+    sha256 : str
+        Digest of the whole file, as ``sha256sum`` prints it; empty when it is not known yet.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str = ""
+
+    @property
+    def header(self) -> bytes:
+        """First bytes of the file."""
+        return header(self.dtype, self.shape)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the array."""
+        return data_bytes(self.dtype, self.shape)
+
+    @property
+    def file_bytes(self) -> int:
+        """Exact size of the file."""
+        return len(self.header) + self.data_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a store.
 
@@ -60,45 +101,61 @@ class Entry:
         Logical dtype.
     shape : tuple of int
         Shape of the tensor of numbers.
-    sha256 : str
-        Digest of the whole file, as ``sha256sum`` prints it.
+    sha256 : tuple of str
+        Digest of each part's file; empty when they are not known yet.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sha256: str = ""
+    sha256: tuple[str, ...] = ()
 
     @property
-    def file(self) -> str:
-        """Path relative to the model folder; made from the canonical name, never taken from input."""
-        return f"weights/{self.name}.npy"
-
-    @property
-    def header(self) -> bytes:
-        """First bytes of the file."""
-        return header(self.dtype, self.shape)
+    def parts(self) -> tuple[Part, ...]:
+        """The tensor's files: ``weights/NAME.npy``, and ``NAME.scale.npy`` and ``NAME.min.npy`` where it has them."""
+        packing = PACKINGS.get(self.dtype)
+        if packing is None:
+            arrays = [(self.dtype, self.shape)]
+        else:
+            rows, width = self.shape[:-1], self.shape[-1]
+            groups = (SCALE, (*rows, n_groups(width)))
+            arrays = [(packing.storage, (*rows, packing.row_bytes(width))), groups, *[groups] * packing.has_minima]
+        digests = self.sha256 or ("",) * len(arrays)
+        files = part_files(self.name, len(arrays))
+        return tuple(Part(file, *array, digest) for file, array, digest in zip(files, arrays, digests, strict=True))
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the numbers."""
-        return data_bytes(self.dtype, self.shape)
-
-    @property
-    def file_bytes(self) -> int:
-        """Exact size of the file."""
-        return len(self.header) + self.data_bytes
+        """Bytes of all arrays."""
+        return sum(part.data_bytes for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the tensor's line of the manifest."""
+        """Return the tensor's line of the manifest; the further parts of a quantised one are objects in it."""
+        first, *rest = self.parts
         return {
             "name": self.name,
-            "file": self.file,
+            "file": first.file,
             "dtype": self.dtype,
             "shape": list(self.shape),
-            "group": None,
-            "sha256": self.sha256,
+            "group": GROUP if self.dtype in PACKINGS else None,
+            "sha256": first.sha256,
+            **{kind: {"file": part.file, "sha256": part.sha256} for kind, part in zip(PARTS[1:], rest, strict=False)},
         }
+
+
+def part_files(name: str, count: int) -> tuple[str, ...]:
+    """Return the paths of a tensor's first ``count`` parts, relative to the model folder."""
+    return tuple(f"weights/{name}{'' if kind == PARTS[0] else '.' + kind}.npy" for kind in PARTS[:count])
+
+
+def weight_dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    """Return what a weight is stored as in a store of ``dtype``.
+
+    Only matrices are quantised. Vectors, thousands of times smaller, stay float32; so do routers, since the least
+    change of one can send a token to another expert.
+    """
+    is_matrix = len(shape) > 1 and not name.endswith("router.weight")
+    return dtype if is_matrix or dtype not in PACKINGS else "float32"
 
 
 def layout(config: ModelConfig, dtype: str) -> dict[str, Entry]:
@@ -109,15 +166,19 @@ def layout(config: ModelConfig, dtype: str) -> dict[str, Entry]:
     config : ModelConfig
         A tied model has no ``output.weight``.
     dtype : str
-        Of the weights; the RoPE frequencies are float32 in every store.
+        Of the weights; a quantised store keeps small tensors, and every store the RoPE frequencies, in float32.
 
     Returns
     -------
     dict of str to Entry
-        In the order of the forward pass; ``rope.freqs``, of shape (Dh/2,), comes last.
+        In the order of the forward pass; the RoPE frequencies, of shape (Dh/2,), come last, where there are any.
     """
-    table = {name: Entry(name, dtype, wanted.shape) for name, wanted in expected(config).items()}
-    table[ROPE_FREQS] = Entry(ROPE_FREQS, "float32", (config.head_dim // 2,))
+    shapes = {name: wanted.shape for name, wanted in expected(config).items()}
+    table = {name: Entry(name, weight_dtype(name, shape, dtype), shape) for name, shape in shapes.items()}
+    longrope = config.rope_scaling is not None and config.rope_scaling.kind == "longrope"
+    for name, there in {ROPE_FREQS: True, ROPE_FREQS_LONG: longrope}.items():
+        if there and config.positions == "rope":
+            table[name] = Entry(name, "float32", (config.head_dim // 2,))
     return table
 
 
@@ -197,13 +258,20 @@ def entries(document: Mapping[str, Any], config: ModelConfig, file: str) -> dict
         raise _mismatch(f"{len(found)} tensors, expected {len(wanted)}; they differ first at number {position}", file)
     table = {}
     for line, entry in zip(lines, wanted.values(), strict=True):
-        sha256 = line.get("sha256")
-        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise _corrupt(f"the sha256 is {_shorten(sha256)}", file, entry.name)
-        table[entry.name] = Entry(entry.name, entry.dtype, entry.shape, sha256)
+        sha256 = _digests(line, len(entry.parts))
+        for digest in sha256:
+            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+                raise _corrupt(f"the sha256 is {_shorten(digest)}", file, entry.name)
+        table[entry.name] = replace(entry, sha256=sha256)
         if line != table[entry.name].to_json() or any(isinstance(axis, bool) for axis in line["shape"]):
             raise _mismatch(f"{_shorten(line)} is not what the configuration asks for", file, entry.name)
     return table
+
+
+def _digests(line: Mapping[str, Any], count: int) -> tuple[Any, ...]:
+    """Return whatever a tensor's line has where its parts' digests should be."""
+    places = (line, *(line.get(kind) for kind in PARTS[1:count]))
+    return tuple(place.get("sha256") if isinstance(place, dict) else None for place in places)
 
 
 def _check_content(document: Mapping[str, Any], file: str) -> None:

@@ -1,31 +1,35 @@
-"""One tensor from its source to its file, a block of rows at a time."""
+"""One tensor from its source to its files, a block of rows at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from npllama.checkpoint.quantize import LARGEST, quantize
 from npllama.checkpoint.store.disk import disk_errors, new_file
 from npllama.checkpoint.store.manifest import Entry
 from npllama.checkpoint.tensor import TensorRef
-from npllama.dtypes import STORAGE, Array, cast
+from npllama.dtypes import PACKINGS, STORAGE, Array, cast
 from npllama.errors import CorruptDataError
 
 _BLOCK_BYTES = 1 << 23  # of a block as read or as written, whichever is larger
 
 
-def write_tensor(folder: Path, entry: Entry, ref: TensorRef, *, allow_nan: bool, advance: Callable[[int], None]) -> str:
-    """Write a tensor's file.
+def write_tensor(
+    folder: Path, entry: Entry, ref: TensorRef, *, allow_nan: bool, advance: Callable[[int], None]
+) -> tuple[str, ...]:
+    """Write a tensor's files.
 
     Parameters
     ----------
     folder : Path
         Folder of the store.
     entry : Entry
-        What to write: file, dtype and shape.
+        What to write: files, dtype and shape.
     ref : TensorRef
         Where the numbers come from; same shape.
     allow_nan : bool
@@ -35,8 +39,8 @@ def write_tensor(folder: Path, entry: Entry, ref: TensorRef, *, allow_nan: bool,
 
     Returns
     -------
-    str
-        SHA-256 of the file.
+    tuple of str
+        SHA-256 of each file.
 
     Raises
     ------
@@ -45,42 +49,54 @@ def write_tensor(folder: Path, entry: Entry, ref: TensorRef, *, allow_nan: bool,
     DiskSpaceError, FileAccessError
         The disk.
     """
-    path = folder / entry.file
-    digest = hashlib.sha256(entry.header)
-    with disk_errors(path), new_file(path, entry.file_bytes) as file:
-        file.write(entry.header)
-        for block in _finite(ref, entry, _blocks(ref, entry), allow_nan):
-            file.write(block.data)
-            digest.update(block.data)
-            advance(block.nbytes)
+    digests = [hashlib.sha256(part.header) for part in entry.parts]
+    with disk_errors(folder / entry.parts[0].file), contextlib.ExitStack() as stack:
+        files = [stack.enter_context(new_file(folder / part.file, part.file_bytes)) for part in entry.parts]
+        for part, file in zip(entry.parts, files, strict=True):
+            file.write(part.header)
+        for arrays in _finite(ref, entry, _blocks(ref), allow_nan):
+            for array, file, digest in zip(arrays, files, digests, strict=True):
+                file.write(array.data)
+                digest.update(array.data)
+            advance(sum(array.nbytes for array in arrays))
         ref.verify()
-    return digest.hexdigest()
+    return tuple(digest.hexdigest() for digest in digests)
 
 
-def _blocks(ref: TensorRef, entry: Entry) -> Iterator[Array]:
-    """Yield the converted numbers, flat, in blocks of whole rows."""
-    rows = max(1, _BLOCK_BYTES // max(ref.row_bytes, entry.data_bytes // ref.n_rows))
+def _blocks(ref: TensorRef) -> Iterator[Array]:
+    """Yield the source's numbers in blocks of whole rows."""
+    rows = max(1, _BLOCK_BYTES // max(ref.row_bytes, 4 * ref.row_bytes // STORAGE[ref.dtype].itemsize))
     for start in range(0, ref.n_rows, rows):
         stop = min(start + rows, ref.n_rows)
         values = ref.read_rows(start, stop)
         if values.size != (stop - start) * ref.row_bytes // values.itemsize:
             raise CorruptDataError(f"rows {start} to {stop} have {values.size} numbers", file=ref.where)
-        converted = cast(values, ref.dtype, entry.dtype)
-        yield np.ascontiguousarray(converted, dtype=STORAGE[entry.dtype]).reshape(-1)
+        yield values
 
 
-def _finite(ref: TensorRef, entry: Entry, blocks: Iterator[Array], allow_nan: bool) -> Iterator[Array]:
-    """Pass blocks on, and raise behind the last one if any number was NaN or infinite."""
+def _stored(values: Array, ref: TensorRef, dtype: str) -> tuple[tuple[Array, ...], Array]:
+    """Return a block's arrays as they are written, and the numbers in which NaN and infinities are looked for."""
+    if dtype not in PACKINGS:
+        converted = np.ascontiguousarray(cast(values, ref.dtype, dtype), dtype=STORAGE[dtype])
+        return (converted,), converted
+    numbers = cast(values, ref.dtype, "float32")
+    return quantize(numbers, dtype), np.where(np.abs(numbers) > LARGEST, np.float32(np.inf), numbers)
+
+
+def _finite(ref: TensorRef, entry: Entry, blocks: Iterator[Array], allow_nan: bool) -> Iterator[tuple[Array, ...]]:
+    """Yield the arrays of each block, and raise behind the last one if any number was NaN or infinite."""
     position, first, n_nan, n_infinite = 0, -1, 0, 0
+    dtype = "float32" if entry.dtype in PACKINGS else entry.dtype
     for block in blocks:
-        yield block
-        bad = _not_finite(block, entry.dtype)
+        arrays, checked = _stored(block, ref, entry.dtype)
+        yield arrays
+        bad = _not_finite(checked, dtype)
         if bad.any():
-            nan = _nan(block, entry.dtype)
+            nan = _nan(checked, dtype)
             first = position + int(bad.argmax()) if first < 0 else first
             n_nan += int(nan.sum())
             n_infinite += int(bad.sum()) - int(nan.sum())
-        position += block.size
+        position += checked.size
     if first >= 0 and not allow_nan:
         index = [int(axis) for axis in np.unravel_index(first, entry.shape)]
         raise CorruptDataError(

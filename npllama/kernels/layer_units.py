@@ -1,0 +1,445 @@
+"""The work of all decoder layers, cut into units that threads take in turn. See `npllama.kernels.through_layers`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+
+from npllama.dtypes import Array
+from npllama.kernels import simd
+from npllama.kernels.activation import _glu
+from npllama.kernels.attend import _TILE as _TILE_OF_QUERIES
+from npllama.kernels.attend import _attend_piece, _merge, _pieces
+from npllama.kernels.attend_piece import _matrix_at
+from npllama.kernels.jit import compiled
+from npllama.kernels.norm import _rms_norm
+from npllama.kernels.rope import _apply_rope
+from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
+from npllama.kernels.tiles import _PARTS, _STEP, _add_products, _deliver, _pack_panel, _split
+
+#: The matrices of a layer, in the order of the columns of a table of layers; behind their addresses come those of their
+#: biases, then those of the vectors of the norms.
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
+NORMS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")
+_WQ, _WK, _WV, _WO, _W1, _W3, _W2 = range(7)
+_BIAS = 7
+_ATTENTION_NORM, _FFN_NORM, _Q_NORM, _K_NORM = range(14, 18)
+
+#: Columns of a table of sequences; the first seven are those of `npllama.kernels.attend`.
+_KEYS, _VALUES, _STRIDE, _HEAD_STRIDE, _COUNT, _LENGTH, _ROW, _LAYER_STRIDE = range(8)
+
+#: The phases of a layer.
+_QKV, _ATTEND, _OUT, _GATE_UP, _DOWN = range(5)
+_PHASES = 5
+#: Rows of a matrix that are a unit: two tiles.
+_TILES = 2
+ROWS = 16 * _TILES
+#: Numbers from one counter to the next: none shares its cache lines with another.
+APART = 16
+
+
+class Plan(NamedTuple):
+    """What the layers are, and what is asked of them.
+
+    Attributes
+    ----------
+    n_new, dim, n_heads, n_kv_heads, head_dim, hidden_dim, n_layers : int
+        T, D, H, K, Dh, F, L.
+    activation : int
+        Its number in `npllama.kernels.activation`.
+    has_qk_norm : bool
+        Queries and keys are normed, head by head.
+    eps, scale : float32
+        That of the norms; what scores are multiplied by, in units of ln 2.
+    """
+
+    n_new: int
+    dim: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    n_layers: int
+    activation: int
+    has_qk_norm: bool
+    eps: np.float32
+    scale: np.float32
+
+
+class Shared(NamedTuple):
+    """Arrays that all threads work on: float32 (T, n), context (T, H, Dh); parts, peaks and totals as in `attend`."""
+
+    x: Array
+    mid: Array
+    q: Array
+    k: Array
+    v: Array
+    turned: Array
+    context: Array
+    act: Array
+    parts: Array
+    peaks: Array
+    totals: Array
+    counters: Array
+
+
+class Own(NamedTuple):
+    """Arrays of one thread: packed and normed input, room for tiles, and the outputs of one or two blocks."""
+
+    packed: Array
+    normed: Array
+    scratch: Array
+    block: Array
+    second: Array
+    sequences: Array
+
+
+@compiled()
+def count_units(plan: Plan, sequences: Array, windows: Array, unlimited: int) -> Any:
+    """Return the number of the first unit of each phase, behind them that of all units; and the parts of attention."""
+    starts = np.empty(_PHASES * plan.n_layers + 1, np.int64)
+    tile = _queries_of_a_tile(plan)
+    q, kv = _units_of(plan.n_heads * plan.head_dim), _units_of(plan.n_kv_heads * plan.head_dim)
+    at = 0
+    for layer in range(plan.n_layers):
+        phase = _PHASES * layer
+        starts[phase + _QKV] = at
+        at += q + 2 * kv
+        starts[phase + _ATTEND] = at
+        at += len(_pieces(sequences, plan.n_kv_heads, tile, windows[layer])[0])
+        starts[phase + _OUT] = at
+        at += _units_of(plan.dim)
+        starts[phase + _GATE_UP] = at
+        at += _units_of(plan.hidden_dim)
+        starts[phase + _DOWN] = at
+        at += _units_of(plan.dim)
+    starts[-1] = at
+    return starts, _pieces(sequences, plan.n_kv_heads, tile, unlimited)[1]
+
+
+@compiled(inline=True)
+def _units_of(m: int) -> int:
+    return (m + ROWS - 1) // ROWS
+
+
+@compiled(inline=True)
+def _queries_of_a_tile(plan: Plan) -> int:
+    return max(1, _TILE_OF_QUERIES // (plan.n_heads // plan.n_kv_heads))
+
+
+@compiled(parallel=True)
+def run_units(
+    plan: Plan,
+    shared: Shared,
+    layers: Array,
+    windows: Array,
+    sequences: Array,
+    cos: Array,
+    sin: Array,
+    shapes: Array,
+    starts: Array,
+    like: Array,
+    wide: bool,
+    n_threads: int,
+) -> None:
+    """Run x through all layers, in place; every thread does what is there to do."""
+    for _ in prange(n_threads):
+        _work(plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, wide)
+
+
+@compiled()
+def _work(
+    plan: Plan,
+    shared: Shared,
+    layers: Array,
+    windows: Array,
+    sequences: Array,
+    cos: Array,
+    sin: Array,
+    shapes: Array,
+    starts: Array,
+    like: Array,
+    wide: bool,
+) -> None:
+    """Take units until there are none left."""
+    own = _own(plan, sequences)
+    pieces = np.empty((0, 8), np.int64)
+    tile = _queries_of_a_tile(plan)
+    simd.tile_configure(shapes)
+    entered, phase, later = -1, 0, 0
+    unit = fetch_add(shared.counters, 0, 1)
+    while unit < starts[-1]:
+        phase = _phase_of(unit, phase, starts)
+        layer, kind = layers[phase // _PHASES], phase % _PHASES
+        following = fetch_add(shared.counters, 0, 1)
+        ahead, ahead_too, size = 0, 0, 0
+        if following < starts[-1]:
+            later = _phase_of(following, later, starts)
+            ahead, ahead_too, size = _weights_of(
+                plan, layers[later // _PHASES], later % _PHASES, following - starts[later]
+            )
+        _await(plan, shared.counters, layer, kind, phase, unit, starts)
+        if entered != phase:
+            entered = phase
+            if kind == _ATTEND:
+                pieces = _enter_attention(plan, own, sequences, phase // _PHASES, tile, windows)
+            else:
+                if kind == _OUT:
+                    pieces = _enter_attention(plan, own, sequences, phase // _PHASES, tile, windows)
+                    _merge(
+                        own.sequences,
+                        pieces,
+                        plan.n_heads // plan.n_kv_heads,
+                        tile,
+                        shared.parts,
+                        shared.peaks,
+                        shared.totals,
+                        shared.context,
+                    )
+                _enter_product(plan, shared, own, layer, kind, like)
+        if kind == _ATTEND:
+            line = pieces[unit - starts[phase]]
+            _append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like)
+            _attend_piece(
+                shared.turned,
+                own.sequences,
+                line,
+                plan.n_heads // plan.n_kv_heads,
+                plan.scale,
+                windows[phase // _PHASES],
+                like,
+                wide,
+                shared.parts,
+                shared.peaks,
+                shared.totals,
+                shared.context,
+            )
+        else:
+            _rows(plan, shared, own, layer, kind, unit - starts[phase], ahead, ahead_too, size, like)
+        fetch_add(shared.counters, APART * (phase + 1), 1)
+        unit = following
+    simd.tile_release()
+
+
+@compiled()
+def _own(plan: Plan, sequences: Array) -> Own:
+    widest = max(plan.dim, max(plan.hidden_dim, plan.n_heads * plan.head_dim))
+    packed = np.empty((widest + _STEP - 1) // _STEP * _PARTS * _STEP * plan.n_new + 3 * _STEP, np.uint16)
+    scratch = np.empty(4 * 256 + 16, np.float32)
+    return Own(
+        packed[-(packed.ctypes.data // 2) % 32 :],
+        np.empty((plan.n_new, plan.dim), np.float32),
+        scratch[-(scratch.ctypes.data // 4) % 16 :],
+        np.empty(plan.n_new * ROWS, np.float32),
+        np.empty(plan.n_new * ROWS, np.float32),
+        sequences.copy(),
+    )
+
+
+@compiled(inline=True)
+def _phase_of(unit: int, phase: int, starts: Array) -> int:
+    """Return the phase of a unit, looked for from an earlier phase on."""
+    while starts[phase + 1] <= unit:
+        phase += 1
+    return phase
+
+
+@compiled()
+def _place(plan: Plan, kind: int, block: int) -> Any:
+    """Return of a unit of rows: its matrix, N, its first row, and how many rows from there belong to the unit before.
+
+    The last block of a matrix ends where the matrix does.
+    """
+    matrix, m, n = _W1, plan.dim, plan.dim
+    if kind == _QKV:
+        matrix, m = _WQ, plan.n_heads * plan.head_dim
+        if block >= _units_of(m):
+            block -= _units_of(m)
+            matrix, m = _WK, plan.n_kv_heads * plan.head_dim
+            if block >= _units_of(m):
+                block -= _units_of(m)
+                matrix = _WV
+    elif kind == _OUT:
+        matrix, n = _WO, plan.n_heads * plan.head_dim
+    elif kind == _GATE_UP:
+        m = plan.hidden_dim
+    else:
+        matrix, n = _W2, plan.hidden_dim
+    row = min(ROWS * block, m - ROWS)
+    return matrix, n, row, ROWS * block - row
+
+
+@compiled()
+def _weights_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
+    """Return where a unit's weights begin, where its second block does (0 without one), and the bytes of a block."""
+    if kind == _ATTEND:
+        return 0, 0, 0
+    matrix, n, row, _ = _place(plan, kind, block)
+    return layer[matrix] + 2 * row * n, layer[_W3] + 2 * row * n if kind == _GATE_UP else 0, 2 * n * ROWS
+
+
+@compiled()
+def _await(plan: Plan, counters: Array, layer: Array, kind: int, phase: int, unit: int, starts: Array) -> None:
+    """Wait until the phase before a unit's is finished; meanwhile fetch the unit's weights from memory."""
+    if phase == 0 or load_acquire(counters, APART * phase) == starts[phase] - starts[phase - 1]:
+        return
+    first, second, size = _weights_of(plan, layer, kind, unit - starts[phase])
+    for line in range(0, size, 64):
+        simd.prefetch(first, line)
+    for line in range(0, size if second else 0, 64):
+        simd.prefetch(second, line)
+    while load_acquire(counters, APART * phase) < starts[phase] - starts[phase - 1]:
+        pause()
+
+
+@compiled()
+def _enter_attention(plan: Plan, own: Own, sequences: Array, layer: int, tile: int, windows: Array) -> Array:
+    """Bring the thread's table of sequences to a layer, and return the pieces of attention there."""
+    for i in range(len(sequences)):
+        own.sequences[i, _KEYS] = sequences[i, _KEYS] + layer * sequences[i, _LAYER_STRIDE]
+        own.sequences[i, _VALUES] = sequences[i, _VALUES] + layer * sequences[i, _LAYER_STRIDE]
+    pieces: Array = _pieces(own.sequences, plan.n_kv_heads, tile, windows[layer])[0]
+    return pieces
+
+
+@compiled()
+def _enter_product(plan: Plan, shared: Shared, own: Own, layer: Array, kind: int, like: Array) -> None:
+    """Pack what the rows of a phase are multiplied by."""
+    if kind == _QKV:
+        _rms_norm(shared.x, _vector(layer[_ATTENTION_NORM], plan.dim, like), plan.eps, own.normed)
+        _pack_input(own.normed, own.packed)
+    elif kind == _OUT:
+        _pack_input(shared.context.reshape(plan.n_new, -1), own.packed)
+    elif kind == _GATE_UP:
+        _rms_norm(shared.mid, _vector(layer[_FFN_NORM], plan.dim, like), plan.eps, own.normed)
+        _pack_input(own.normed, own.packed)
+    else:
+        _pack_input(shared.act, own.packed)
+
+
+@compiled(inline=True)
+def _vector(address: int, size: int, like: Array) -> Any:
+    return _matrix_at(address, like, 1, size)[0]
+
+
+@compiled()
+def _pack_input(x: Array, packed: Array) -> None:
+    """Pack x (T, N) as one panel of T tokens. That of a single token has its numbers in order."""
+    n_new, width = x.shape
+    steps = (width + _STEP - 1) // _STEP
+    if n_new > 1:
+        _pack_panel(x, packed, 0, n_new, 0, 0, steps)
+        return
+    for s in range(steps):
+        start = min(_STEP * s, width - _STEP)
+        parts = packed[_PARTS * _STEP * s : _PARTS * _STEP * (s + 1)]
+        _split(x[0, start : start + _STEP], parts[:_STEP], parts[_STEP : 2 * _STEP], parts[2 * _STEP :])
+        for part in range(_PARTS):
+            for j in range(_STEP * s - start):
+                parts[part * _STEP + j] = 0
+
+
+@compiled()
+def _rows(
+    plan: Plan,
+    shared: Shared,
+    own: Own,
+    layer: Array,
+    kind: int,
+    block: int,
+    ahead: int,
+    ahead_too: int,
+    size: int,
+    like: Array,
+) -> None:
+    """Do a unit of rows; fetch ``size`` bytes at ``ahead``, and as many at ``ahead_too``, for the next unit."""
+    matrix, n, row, skipped = _place(plan, kind, block)
+    rows_ahead = min(ROWS, (size + 2 * n - 1) // (2 * n))
+    _multiply_rows(layer[matrix] + 2 * row * n, n, plan.n_new, own, own.block, ahead, rows_ahead)
+    _add_bias(own.block, layer[_BIAS + matrix] + 4 * row, like)
+    if kind == _QKV:
+        _copy(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
+    elif kind == _GATE_UP:
+        rows_ahead = rows_ahead if ahead_too else 0
+        _multiply_rows(layer[_W3] + 2 * row * n, n, plan.n_new, own, own.second, ahead_too, rows_ahead)
+        _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
+        _glu(own.block, own.second, own.block, plan.activation)
+        _copy(own.block, shared.act, row, skipped)
+    elif kind == _OUT:
+        _add_residual(own.block, shared.x, row)
+        _copy(own.block, shared.mid, row, skipped)
+    else:
+        _add_residual(own.block, shared.mid, row)
+        _copy(own.block, shared.x, row, skipped)
+
+
+@compiled()
+def _multiply_rows(weight: int, width: int, n_new: int, own: Own, block: Array, ahead: int, rows_ahead: int) -> None:
+    """Fill a block (T, rows), flat, with the packed input times the rows at an address."""
+    steps = (width + _STEP - 1) // _STEP
+    simd.tile_zero(0)
+    simd.tile_zero(1)
+    _add_products(weight, width, _TILES, own.packed, 0, 4 * n_new, 0, steps, ahead, rows_ahead, own.scratch)
+    simd.tile_store(0, own.scratch, 0, 64)
+    simd.tile_store(1, own.scratch, 256, 64)
+    _deliver(own.scratch, _TILES, block.ctypes.data, 4 * ROWS, n_new)
+
+
+@compiled()
+def _add_bias(block: Array, bias: int, like: Array) -> None:
+    numbers = _vector(bias, ROWS, like)
+    for at in range(0, block.shape[0], 16):
+        simd.store(block, at, simd.add(simd.load(block, at), simd.load(numbers, at % ROWS)))
+
+
+@compiled()
+def _add_residual(block: Array, x: Array, row: int) -> None:
+    for at in range(0, block.shape[0], 16):
+        place = at // ROWS * x.shape[1] + row + at % ROWS
+        simd.store(block, at, simd.add(simd.load(x, place), simd.load(block, at)))
+
+
+@compiled()
+def _copy(block: Array, y: Array, row: int, skipped: int) -> None:
+    """Write a block (T, rows) to columns of y (T, M) from ``row`` on, without the first few."""
+    for t in range(y.shape[0]):
+        for i in range(skipped, ROWS):
+            y[t, row + i] = block[t * ROWS + i]
+
+
+@compiled()
+def _append(
+    plan: Plan, shared: Shared, layer: Array, sequence: Array, head: int, cos: Array, sin: Array, like: Array
+) -> None:
+    """Norm and turn a key/value head's queries and keys of one sequence; write keys and values to the cache.
+
+    Where keys are split into spans, several units of a phase do this, and write the same.
+    """
+    first, count, size = sequence[_ROW], sequence[_COUNT], plan.head_dim
+    group = plan.n_heads // plan.n_kv_heads
+    queries, key = np.empty((count, group, size), np.float32), np.empty((count, 1, size), np.float32)
+    for t in range(count):
+        for d in range(group * size):
+            queries[t, d // size, d % size] = shared.q[first + t, head * group * size + d]
+        for d in range(size):
+            key[t, 0, d] = shared.k[first + t, head * size + d]
+    turned, turned_key = np.empty_like(queries), np.empty_like(key)
+    if plan.has_qk_norm:
+        for t in range(count):
+            _rms_norm(queries[t], _vector(layer[_Q_NORM], size, like), plan.eps, turned[t])
+            _rms_norm(key[t], _vector(layer[_K_NORM], size, like), plan.eps, turned_key[t])
+        queries, turned, key, turned_key = turned, queries, turned_key, key
+    _apply_rope(queries, cos[first : first + count], sin[first : first + count], turned)
+    _apply_rope(key, cos[first : first + count], sin[first : first + count], turned_key)
+    offset = head * sequence[_HEAD_STRIDE] + (sequence[_LENGTH] - count) * sequence[_STRIDE]
+    keys = _matrix_at(sequence[_KEYS] + offset, like, count, sequence[_STRIDE] // 4)
+    values = _matrix_at(sequence[_VALUES] + offset, like, count, sequence[_STRIDE] // 4)
+    for t in range(count):
+        for h in range(group):
+            for d in range(size):
+                shared.turned[first + t, head * group + h, d] = turned[t, h, d]
+        for d in range(size):
+            keys[t, d] = turned_key[t, 0, d]
+            values[t, d] = shared.v[first + t, head * size + d]

@@ -1,0 +1,81 @@
+"""What `npllama.kernels.simd` is made of: vectors as a type of Numba's, and code that is handed to LLVM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.cgutils import get_or_insert_function
+from numba.core.datamodel.models import PrimitiveModel
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import register_model
+
+#: Numba's own type would give each function the signature of its definition, the compiler's context first.
+intrinsic: Callable[..., Callable[..., Any]] = numba_intrinsic
+
+_declared: Any = get_or_insert_function
+
+_BYTES = 64
+
+_LANE: dict[Any, Any] = {
+    types.float32: ir.FloatType(),
+    types.int32: ir.IntType(32),
+    types.uint16: ir.IntType(16),
+    types.int8: ir.IntType(8),
+    types.uint8: ir.IntType(8),
+}
+_LANE_BYTES: dict[Any, int] = {types.float32: 4, types.int32: 4, types.uint16: 2, types.int8: 1, types.uint8: 1}
+BYTE, WORD, LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+POINTER = BYTE.as_pointer()
+
+
+class Vector(types.Type):
+    """Numba's type of 64 bytes of one dtype in a vector register."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        self.llvm = ir.VectorType(_LANE[dtype], _BYTES // _LANE_BYTES[dtype])
+        super().__init__(name=f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _VectorModel(PrimitiveModel):
+    """A vector is to the compiler what LLVM calls one."""
+
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, kind.llvm)  # type: ignore[no-untyped-call]
+
+
+FLOAT_VECTOR, INT_VECTOR = ir.VectorType(ir.FloatType(), 16), ir.VectorType(WORD, 16)
+BYTE_VECTOR = ir.VectorType(BYTE, 64)
+FLOATS, INTS = Vector(types.float32), Vector(types.int32)
+
+
+def address(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Return a pointer to the element of an array at a flat index, or to the byte behind an address."""
+    if isinstance(kind, types.Integer):
+        return builder.inttoptr(builder.add(array, index), POINTER)
+    data = builder.bitcast(context.make_array(kind)(context, builder, array).data, POINTER)
+    size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+    return builder.gep(data, [builder.mul(index, ir.Constant(LONG, size))])
+
+
+def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """Call a function of LLVM's by its name."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(_declared(builder.module, kind, name), arguments)
+
+
+def splat(builder: Any, value: Any, lanes: int = 16) -> Any:
+    """Return a vector of one number over and over."""
+    kind = ir.VectorType(value.type, lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes))
+
+
+def loaded(context: Any, builder: Any, signature: Any, arguments: Any, kind: Any) -> Any:
+    """Load an LLVM vector from the array and index that are the first two arguments."""
+    pointer = address(context, builder, signature.args[0], *arguments[:2])
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)

@@ -1,0 +1,40 @@
+"""All kernels of one path, to run a model with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from npllama import kernels
+from npllama.kernels.attend import attending
+from npllama.kernels.experts import expert_linear_by
+from npllama.kernels.matmul import products
+from npllama.kernels.through_layers import through_layers_by
+
+
+def twins(path: str | None = None) -> dict[str, Callable[..., Any]]:
+    """Return every kernel by the name of its operation.
+
+    Parameters
+    ----------
+    path : str, optional
+        One of `npllama.kernels.features.PATHS`; by default the best one for this processor.
+
+    Raises
+    ------
+    ParameterError, UnsupportedError
+        See `npllama.kernels.features.choose`.
+    """
+    found = {name: getattr(kernels, name) for name in kernels.__all__ if name.islower()}
+    if path is not None:
+        product, attend = products(path), attending(path)
+        found |= {
+            "linear": product.linear,
+            "linears": product.linears,
+            "expert_linear": partial(expert_linear_by, product.linear),
+            "attention": attend.attention,
+            "attentions": attend.attentions,
+            "through_layers": partial(through_layers_by, path),
+        }
+    return found

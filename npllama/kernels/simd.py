@@ -1,0 +1,389 @@
+"""Single processor instructions, as functions for use inside kernels: vectors of 512 bits, and matrix tiles.
+
+Each function is one instruction (or one idiom that the compiler turns into one or two); the name in capitals in its
+comment is Intel's. They are chosen by `npllama.kernels.features`: a kernel that calls one which the processor lacks
+does not compile there. Arrays are C-contiguous, and positions in them are flat: elements from the first. An address
+(int64) stands for an array of bytes, where no new value is read. Nothing is checked; whoever calls keeps within the
+array.
+
+Vectors
+-------
+A vector is 64 bytes of one dtype: sixteen float32 or int32, or 64 bytes. It lives in a variable of a kernel, never in
+an array, and never outside of compiled code.
+
+Tiles
+-----
+A tile is one of eight registers, 0 to 7, of up to 16 rows of up to 64 bytes (Intel AMX). Their number is part of the
+instruction, so it must be a literal. A thread gives them their shapes with `tile_configure` before it uses them, and
+ends with `tile_release`; the process must have asked for them (`npllama.kernels.features`). Reference: Intel 64 and
+IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, https://intel.com/sdm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from npllama.kernels.llvm import (
+    BYTE,
+    BYTE_VECTOR,
+    FLOAT_VECTOR,
+    FLOATS,
+    INT_VECTOR,
+    INTS,
+    LONG,
+    WORD,
+    Vector,
+    address,
+    call,
+    intrinsic,
+    loaded,
+    splat,
+)
+
+# --- vectors: memory --------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load(context: Any, array: Any, index: Any) -> Any:
+    """``load(array, index)``: 64 bytes as a vector of the array's dtype. VMOVUPS, VMOVDQU."""
+    vector = Vector(array.dtype)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return loaded(context, builder, signature, arguments, vector.llvm)
+
+    return vector(array, types.int64), code
+
+
+@intrinsic
+def store(context: Any, array: Any, index: Any, vector: Any) -> Any:
+    """``store(array, index, vector)``: write 64 bytes. VMOVUPS, VMOVDQU."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], builder.bitcast(pointer, vector.llvm.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector), code
+
+
+@intrinsic
+def load_bfloat16(context: Any, array: Any, index: Any) -> Any:
+    """``load_bfloat16(array, index)``: sixteen bfloat16 bit patterns (uint16) as float32. VPMOVZXWD, VPSLLD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = loaded(context, builder, signature, arguments, ir.VectorType(ir.IntType(16), 16))
+        return builder.bitcast(
+            builder.shl(builder.zext(half, INT_VECTOR), ir.Constant(INT_VECTOR, [16] * 16)), FLOAT_VECTOR
+        )
+
+    return FLOATS(array, types.int64), code
+
+
+@intrinsic
+def store_one(context: Any, array: Any, index: Any, number: Any) -> Any:
+    """``store_one(array, index, number)``: write one number. MOVSS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], builder.bitcast(pointer, arguments[2].type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, number), code
+
+
+@intrinsic
+def load_bytes(context: Any, array: Any, index: Any) -> Any:
+    """``load_bytes(array, index)``: 64 bytes as they are, as a vector of uint8. VMOVDQU."""
+    vector = Vector(types.uint8)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return loaded(context, builder, signature, arguments, vector.llvm)
+
+    return vector(array, types.int64), code
+
+
+@intrinsic
+def load_nibbles(context: Any, array: Any, index: Any) -> Any:
+    """``load_nibbles(array, index)``: the low halves of 32 bytes, then the high ones. VPAND, VPSRLW, VINSERTI64X4."""
+    vector = Vector(types.uint8)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = ir.VectorType(BYTE, 32)
+        pairs = loaded(context, builder, signature, arguments, half)
+        low = builder.and_(pairs, ir.Constant(half, [15] * 32))
+        high = builder.lshr(pairs, ir.Constant(half, [4] * 32))
+        return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(WORD, 64), [*range(64)]))
+
+    return vector(array, types.int64), code
+
+
+@intrinsic
+def load_one_bfloat16(context: Any, array: Any, index: Any) -> Any:
+    """``load_one_bfloat16(array, index)``: one bit pattern as a float32. MOVZX, SHL."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = loaded(context, builder, signature, arguments, ir.IntType(16))
+        return builder.bitcast(builder.shl(builder.zext(bits, WORD), WORD(16)), ir.FloatType())
+
+    return types.float32(array, types.int64), code
+
+
+@intrinsic
+def prefetch(context: Any, array: Any, index: Any) -> Any:
+    """``prefetch(array, index)``: ask for the cache line of an element; it may lie outside the array. PREFETCHT1."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address(context, builder, signature.args[0], *arguments)
+        read, second_level, data = (ir.Constant(WORD, value) for value in (0, 2, 1))
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, second_level, data)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), code
+
+
+# --- vectors: arithmetic ----------------------------------------------------------------------------------------
+
+
+@intrinsic
+def broadcast(context: Any, value: Any) -> Any:
+    """``broadcast(value)``: one float32 or int32 in all sixteen lanes. VBROADCASTSS, VPBROADCASTD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return splat(builder, arguments[0])
+
+    return Vector(value)(value), code
+
+
+@intrinsic
+def fused_multiply_add(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """``fused_multiply_add(a, b, c)``: ``a * b + c`` of float32 vectors, rounded once. VFMADD231PS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *arguments)
+
+    return FLOATS(FLOATS, FLOATS, FLOATS), code
+
+
+@intrinsic
+def add(context: Any, a: Any, b: Any) -> Any:
+    """``add(a, b)``: of two vectors of float32, or of integers. VADDPS, VPADDD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return (builder.fadd if a == FLOATS else builder.add)(*arguments)
+
+    return a(a, a), code
+
+
+@intrinsic
+def multiply(context: Any, a: Any, b: Any) -> Any:
+    """``multiply(a, b)``: of two float32 vectors. VMULPS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fmul(*arguments)
+
+    return FLOATS(FLOATS, FLOATS), code
+
+
+@intrinsic
+def maximum(context: Any, a: Any, b: Any) -> Any:
+    """``maximum(a, b)``: ``a if a > b else b`` of two float32 vectors; b where either is NaN. VMAXPS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return FLOATS(FLOATS, FLOATS), code
+
+
+@intrinsic
+def nearest(context: Any, vector: Any) -> Any:
+    """``nearest(vector)``: float32 lanes rounded to whole numbers, ties to even. VRNDSCALEPS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return call(builder, "llvm.rint.v16f32", FLOAT_VECTOR, *arguments)
+
+    return FLOATS(FLOATS), code
+
+
+@intrinsic
+def power_of_two(context: Any, vector: Any) -> Any:
+    """``power_of_two(vector)``: ``2**n`` of whole float32 lanes from -127, which gives 0, to 127. VPSLLD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        exponent = builder.add(builder.fptosi(arguments[0], INT_VECTOR), ir.Constant(INT_VECTOR, [127] * 16))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(INT_VECTOR, [23] * 16)), FLOAT_VECTOR)
+
+    return FLOATS(FLOATS), code
+
+
+@intrinsic
+def flip_signs(context: Any, vector: Any) -> Any:
+    """``flip_signs(vector)``: the top bit of 64 bytes turned over, which makes int8 uint8, 128 larger. VPXORD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.xor(arguments[0], ir.Constant(BYTE_VECTOR, [128] * 64))
+
+    return Vector(types.uint8)(vector), code
+
+
+@intrinsic(prefer_literal=True)
+def shift_left(context: Any, vector: Any, count: Any) -> Any:
+    """``shift_left(vector, count)``: int32 lanes by a literal count. VPSLLD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.shl(arguments[0], ir.Constant(vector.llvm, [count.literal_value] * vector.llvm.count))
+
+    return vector(vector, count), code
+
+
+@intrinsic
+def to_float(context: Any, vector: Any) -> Any:
+    """``to_float(vector)``: sixteen int32 as float32. VCVTDQ2PS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sitofp(arguments[0], FLOAT_VECTOR)
+
+    return FLOATS(INTS), code
+
+
+@intrinsic
+def add_lanes(context: Any, vector: Any) -> Any:
+    """``add_lanes(vector)``: sum of sixteen float32, in pairs of halves; or of sixteen int32."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total, plus = arguments[0], builder.fadd if vector == FLOATS else builder.add
+        for half in (8, 4, 2, 1):
+            low, high = (ir.Constant(ir.VectorType(WORD, half), [*range(at, at + half)]) for at in (0, half))
+            total = plus(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
+        return builder.extract_element(total, ir.Constant(WORD, 0))
+
+    return vector.dtype(vector), code
+
+
+@intrinsic
+def transpose(context: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, step: Any) -> Any:
+    """``transpose(source, at, stride, target, to, step)``: turn 16 rows of 16 words (32 bits) into columns.
+
+    The rows of the source begin at an element and are ``stride`` bytes apart, those of the target ``step`` bytes. They
+    are written in order, 64 bytes each. VPUNPCKLDQ, VPUNPCKHDQ, VPERMT2Q.
+
+    Notes
+    -----
+    Four rounds swap the off-diagonal quarters of ever smaller squares: 8, 4, 2 and 1 words wide.
+    """
+    rows = range(16)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, at, stride, target, to, step = arguments
+        start = address(context, builder, signature.args[0], source, at)
+        end = address(context, builder, signature.args[3], target, to)
+
+        def row(first: Any, distance: Any, i: int) -> Any:
+            place = builder.gep(first, [builder.mul(distance, ir.Constant(LONG, i))])
+            return builder.bitcast(place, INT_VECTOR.as_pointer())
+
+        square = [builder.load(row(start, stride, i), align=1) for i in rows]
+        for half in (8, 4, 2, 1):
+            low = [lane if not lane & half else 16 + lane - half for lane in rows]
+            high = [lane + half if not lane & half else 16 + lane for lane in rows]
+            for i in (i for i in rows if not i & half):
+                pair = square[i], square[i + half]
+                square[i], square[i + half] = (
+                    builder.shuffle_vector(*pair, ir.Constant(INT_VECTOR, lanes)) for lanes in (low, high)
+                )
+        for i in rows:
+            builder.store(square[i], row(end, step, i), align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, target, types.int64, types.int64), code
+
+
+@intrinsic
+def dot_bytes(context: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """``dot_bytes(total, unsigned, signed)``: add to each int32 lane four products of uint8 and int8. VPDPBUSD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        total, *factors = arguments
+        operands = (builder.bitcast(factor, BYTE_VECTOR) for factor in factors)
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, *operands)
+
+    return INTS(INTS, unsigned, signed), code
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------
+
+
+def _on_tiles(name: str, numbers: tuple[Any, ...], codes: Callable[..., Any] | None = None) -> Any:
+    """Return the code of an instruction on tiles with literal numbers."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tiles = [ir.Constant(BYTE, number.literal_value) for number in numbers]
+        rest = codes(context, builder, signature, arguments[len(numbers) :]) if codes else []
+        call(builder, f"llvm.x86.{name}", ir.VoidType(), *tiles, *rest)
+        return context.get_dummy_value()
+
+    return code
+
+
+@intrinsic
+def tile_configure(context: Any, shapes: Any) -> Any:
+    """``tile_configure(shapes)``: give this thread's tiles their shapes, from 64 bytes (uint8). LDTILECFG.
+
+    Byte 0 is 1; from byte 16 on a uint16 for each tile, its bytes a row; from byte 48 on a uint8 each, its rows.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address(context, builder, signature.args[0], arguments[0], ir.Constant(LONG, 0))
+        call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), pointer)
+        return context.get_dummy_value()
+
+    return types.void(shapes), code
+
+
+@intrinsic
+def tile_release(context: Any) -> Any:
+    """``tile_release()``: this thread is done with its tiles. TILERELEASE."""
+    return types.void(), _on_tiles("tilerelease", ())
+
+
+@intrinsic(prefer_literal=True)
+def tile_zero(context: Any, tile: Any) -> Any:
+    """``tile_zero(tile)``: fill with zeros. TILEZERO."""
+    return types.void(tile), _on_tiles("tilezero", (tile,))
+
+
+def _place(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    array, index, stride = arguments
+    return address(context, builder, signature.args[1], array, index), stride
+
+
+@intrinsic(prefer_literal=True)
+def tile_load(context: Any, tile: Any, array: Any, index: Any, stride: Any) -> Any:
+    """``tile_load(tile, array, index, stride)``: rows from an element on, ``stride`` bytes apart. TILELOADD."""
+    return types.void(tile, array, types.int64, types.int64), _on_tiles("tileloadd64", (tile,), _place)
+
+
+@intrinsic(prefer_literal=True)
+def tile_store(context: Any, tile: Any, array: Any, index: Any, stride: Any) -> Any:
+    """``tile_store(tile, array, index, stride)``: write rows to an element on, ``stride`` bytes apart. TILESTORED."""
+    return types.void(tile, array, types.int64, types.int64), _on_tiles("tilestored64", (tile,), _place)
+
+
+@intrinsic(prefer_literal=True)
+def tile_dot_bfloat16(context: Any, total: Any, a: Any, b: Any) -> Any:
+    """``tile_dot_bfloat16(total, a, b)``: add a matrix product of bfloat16 to float32 sums. TDPBF16PS.
+
+    ``total[m, n] += sum_k a[m, k] * b[k, n]``, where b holds two k in a row: ``b[k // 2, 2 n + k % 2]``. The products
+    of even and of odd k are summed apart, from zero, then added to each other and to the total, each step rounded to
+    float32; numbers below the smallest normal one count as zero.
+    """
+    return types.void(total, a, b), _on_tiles("tdpbf16ps", (total, a, b))
+
+
+@intrinsic(prefer_literal=True)
+def tile_dot_int8(context: Any, total: Any, a: Any, b: Any) -> Any:
+    """``tile_dot_int8(total, a, b)``: like `tile_dot_bfloat16`, with int8, four k in a row, and int32 sums. TDPBSSD."""
+    return types.void(total, a, b), _on_tiles("tdpbssd", (total, a, b))

@@ -1,0 +1,200 @@
+"""All decoder layers of a plain model for a few new tokens, in one parallel region.
+
+A token of a small model is hundreds of short kernels, between which memory stands idle. Here the work of all layers is
+one sequence of **units**: some rows of a matrix, or a piece of attention. Units of one kind in one layer are a
+**phase**; each layer has five::
+
+    norm; rows of wq, wk, wv -> q, k, v            norm; rows of w1 and w3; gate -> act
+    turn, append to the cache; attention           rows of w2; + mid -> x
+    rows of wo; + x -> mid
+
+Threads take units in their order, from one counter. A unit begins when the phase before its own is finished, which a
+counter for each phase tells; a thread that waits for that fetches the unit's weights from memory. It takes its next
+unit before it begins with one, so that the weights of the next are on their way while it multiplies.
+
+Since every thread does its units in order, the first one that is not done can always be done: the work ends with as
+many threads as come, even one. What a phase needs prepared (the input normed and packed) each thread prepares for
+itself, while it holds a unit of the phase. Nobody is a phase further then, so what it reads stays as it is.
+
+The numbers are those of the kernels for single operations, bit by bit: the same functions compute them, and an output
+is one sum in one order, whoever computes it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from npllama.dtypes import Array
+from npllama.kernels.activation import _KINDS
+from npllama.kernels.attend import _TILE, _UNLIMITED
+from npllama.kernels.features import choose, host_features
+from npllama.kernels.layer_units import APART, MATRICES, NORMS, ROWS, Plan, Shared, count_units, run_units
+from npllama.kernels.memory import aligned
+from npllama.kernels.tiles import _STEP, _shapes
+
+#: Tokens of a panel: what one pass over the weights serves.
+_MOST_TOKENS = 16
+#: Bytes of a row of D numbers from which on going layer by layer is faster, by 10 % where D is 2048; where D is 576 it
+#: is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
+_WIDE = 4096
+_NUMBERS = np.empty(0, np.float32)  # only its dtype matters: that of keys, values and vectors
+
+
+class ThroughLayers:
+    """The decoder layers of one model, ready to be run through at once.
+
+    Parameters
+    ----------
+    weights : Weights
+        Those of a model that `through_layers` knows.
+    config : ModelConfig
+    """
+
+    def __init__(self, weights: Any, config: Any) -> None:
+        self._config = config
+        widest = max(config.dim, config.hidden_dim, config.n_heads * config.head_dim)
+        # Adding -0 changes no number, not even a zero: it stands for a bias that is not there.
+        self._nothing = np.full(widest, -0.0, np.float32)
+        self._vectors: list[Array] = []  # whatever the table points to must live
+        self._weights = weights
+        self._layers = np.array([self._addresses(layer) for layer in weights.layers], np.int64)
+        self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
+
+    def _addresses(self, layer: Any) -> list[int]:
+        """Return a line of the table of layers; see `npllama.kernels.layer_units.MATRICES`."""
+        vectors = [getattr(layer, f"{name}_bias") for name in MATRICES] + [getattr(layer, name) for name in NORMS]
+        numbers = [self._nothing if vector is None else vector.numbers() for vector in vectors]
+        self._vectors += numbers
+        return [getattr(layer, name).data.ctypes.data for name in MATRICES] + [row.ctypes.data for row in numbers]
+
+    def __call__(self, x: Array, rope: tuple[Array, Array], cache: Any) -> Array | None:
+        """Run all layers, and write the new positions to the cache.
+
+        Parameters
+        ----------
+        x : ndarray of shape (T, D), float32
+            Embeddings.
+        rope : (cos, sin), ndarrays of shape (T, Dh/2), float32
+        cache : KVCache or Lanes
+            Has room for the new positions, which it does not count yet.
+
+        Returns
+        -------
+        ndarray of shape (T, D), float32, or None
+            None where nothing was done: for many tokens, or a cache that is not float32.
+        """
+        caches, counts = getattr(cache, "caches", (cache,)), getattr(cache, "counts", (len(x),))
+        if len(x) > _MOST_TOKENS:
+            return None
+        rooms = [own.room() for own in caches]
+        if any(room.dtype != _NUMBERS.dtype for room in rooms):
+            return None
+        sequences = _table(rooms, counts, [own.length for own in caches])
+        plan = self._plan(len(x))
+        starts, n_parts = count_units(plan, sequences, self._windows, _UNLIMITED)
+        shared = self._shared(x, n_parts, len(starts))
+        run_units(
+            plan,
+            shared,
+            self._layers,
+            self._windows,
+            sequences,
+            *rope,
+            _shapes(len(x)),
+            starts,
+            _NUMBERS,
+            True,
+            numba.get_num_threads(),
+        )
+        return shared.x
+
+    def _plan(self, n_new: int) -> Plan:
+        config = self._config
+        return Plan(
+            n_new,
+            config.dim,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.hidden_dim,
+            config.n_layers,
+            _KINDS[config.activation],
+            config.qk_norm == "head",
+            np.float32(config.norm_eps),
+            np.float32(math.log2(math.e) / math.sqrt(config.score_dim or config.head_dim)),
+        )
+
+    def _shared(self, x: Array, n_parts: int, n_counters: int) -> Shared:
+        config, n_new = self._config, len(x)
+        group = config.n_heads // config.n_kv_heads
+        tile = max(1, _TILE // group)
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+
+        def rows(*shape: int) -> Array:
+            numbers: Array = aligned(math.prod(shape), _NUMBERS).reshape(shape)
+            return numbers
+
+        shared = Shared(
+            x=rows(n_new, config.dim),
+            mid=rows(n_new, config.dim),
+            q=rows(n_new, width),
+            k=rows(n_new, kv_width),
+            v=rows(n_new, kv_width),
+            turned=rows(n_new, config.n_heads, config.head_dim),
+            context=rows(n_new, config.n_heads, config.head_dim),
+            act=rows(n_new, config.hidden_dim),
+            parts=rows(n_parts * tile, group, config.head_dim),
+            peaks=rows(n_parts, tile * group),
+            totals=rows(n_parts, tile * group),
+            counters=np.zeros(APART * (n_counters + 1), np.int64),
+        )
+        shared.x[:] = x
+        return shared
+
+
+def through_layers(weights: Any, config: Any) -> ThroughLayers | None:
+    """Return what runs a model's layers as one operation, or None for a model that goes layer by layer.
+
+    Parameters
+    ----------
+    weights : Weights
+    config : ModelConfig
+        Known are models with RMSNorm before each step, RoPE, a gated feed-forward layer and no experts, with matrices
+        in bfloat16 and D below 2048, on a processor with a matrix unit.
+    """
+    return through_layers_by(choose(host_features()), weights, config)
+
+
+def through_layers_by(path: str, weights: Any, config: Any) -> ThroughLayers | None:
+    """Do `through_layers` with the kernels of one path; see `npllama.kernels.features`."""
+    plain = config.norm == "rms" and config.norm_order == "pre" and config.gated and config.experts is None
+    if path != "amx" or not plain or config.positions != "rope" or config.qk_norm == "projection":
+        return None
+    if 2 * config.dim >= _WIDE:
+        return None
+    matrices = [getattr(layer, name) for layer in weights.layers for name in MATRICES]
+    fits = all(
+        matrix.dtype == "bfloat16"
+        and matrix.shape[0] >= ROWS
+        and matrix.shape[1] >= _STEP
+        and matrix.data.flags.c_contiguous
+        for matrix in matrices
+    )
+    return ThroughLayers(weights, config) if fits else None
+
+
+def _table(rooms: list[Array], counts: Any, lengths: list[int]) -> NDArray[np.int64]:
+    """Return a line for each sequence: see `npllama.kernels.layer_units`."""
+    table = np.empty((len(rooms), 8), np.int64)
+    row = 0
+    for i, (room, count, length) in enumerate(zip(rooms, counts, lengths, strict=True)):
+        values, layer, head, position, _ = room.strides
+        keys = room.ctypes.data
+        table[i] = keys, keys + values, position, head, count, length + count, row, layer
+        row += count
+    return table

@@ -1,0 +1,155 @@
+"""All layers at once: the same bits as layer by layer, for the models that it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import npllama
+from npllama import ops
+from npllama.cache import KVCache
+from npllama.config import Experts
+from npllama.kernels.features import choose, host_features
+from npllama.kernels.paths import twins
+from npllama.kernels.through_layers import through_layers
+from npllama.model import Model
+from tests.fixtures.engine import FAST, loud_model
+from tests.fixtures.loud import loud_config, loud_tokens
+
+needs_tiles = pytest.mark.skipif(choose(host_features()) != "amx", reason="this processor has no matrix unit")
+
+LAYER_BY_LAYER = SimpleNamespace(**{**vars(FAST), "through_layers": ops.through_layers})
+
+#: Of odd widths a matrix is no whole number of blocks, and a row no whole number of steps.
+KNOWN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "odd widths": {"dim": 72, "n_heads": 9, "n_kv_heads": 3, "head_dim": 22, "hidden_dim": 200},
+    "biases": {"qkv_bias": True, "attention_out_bias": True, "ffn_bias": True},
+    "normed queries and keys": {"qk_norm": "head"},
+    "windows": {"windows": (40, 0)},
+    "another activation and scale": {"activation": "gelu_tanh", "score_dim": 9},
+    "one key/value head": {"n_heads": 24, "n_kv_heads": 1, "head_dim": 32},
+}
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "norms behind": {"norm_order": "output"},
+    "another norm": {"norm": "layer"},
+    "learned positions": {"positions": "learned"},
+    "no gate": {"gated": False},
+    "norms of whole projections": {"qk_norm": "projection"},
+    "experts": {"experts": Experts(count=4, active=2, hidden_dim=64)},
+    "narrow matrices": {"n_kv_heads": 1},
+    "wide rows": {"dim": 2048, "n_layers": 1, "vocab_size": 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def all_threads() -> Iterator[None]:
+    """Give the threads back."""
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)
+
+
+def pair(dtype: str = "bfloat16", **changes: Any) -> tuple[Model, Model]:
+    """Return a loud model that runs its layers at once, and the same one that goes layer by layer."""
+    model = loud_model(loud_config(**changes), backend="fast", dtype=dtype)
+    return model, Model(model.config, model.weights, LAYER_BY_LAYER, backend="fast")
+
+
+def fed(model: Model, length: int, capacity: int = 700) -> KVCache:
+    """Return a cache that holds a prompt of the given length."""
+    cache = model.new_cache(capacity)
+    model.forward(loud_tokens(model.config, length), cache, last=True)
+    return cache
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
+@needs_tiles
+@pytest.mark.parametrize("changes", KNOWN.values(), ids=KNOWN)
+def test_the_bits_are_those_of_going_layer_by_layer(changes: dict[str, Any]) -> None:
+    at_once, by_layer = pair(**changes)
+    assert through_layers(at_once.weights, at_once.config) is not None
+    cache = fed(by_layer, 510)
+    twin = cache.fork()
+    for count in (1, 1, 2, 3, 8, 16, 1, 5):  # past 512 keys, where attention is divided
+        new = loud_tokens(at_once.config, count, seed=count)
+        assert_same_bits(at_once.forward(new, twin), by_layer.forward(new, cache))
+    assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
+
+
+@needs_tiles
+def test_a_first_prompt_needs_no_cache_before_it() -> None:
+    at_once, by_layer = pair()
+    assert_same_bits(at_once.forward([1, 2, 3]), by_layer.forward([1, 2, 3]))
+
+
+@needs_tiles
+def test_each_of_several_sequences_has_its_own_length_and_count() -> None:
+    at_once, by_layer = pair()
+    caches = [fed(by_layer, length) for length in (3, 600, 64)]
+    twins_of_caches = [cache.fork() for cache in caches]
+    new = [[5], [7, 9, 11], [1, 2]]
+    for a, b in zip(at_once.forward_many(new, twins_of_caches), by_layer.forward_many(new, caches), strict=True):
+        assert_same_bits(a, b)
+    for twin, cache in zip(twins_of_caches, caches, strict=True):
+        assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
+
+
+@needs_tiles
+@pytest.mark.parametrize("count", [1, 7])
+def test_the_number_of_threads_changes_nothing(count: int) -> None:
+    at_once, _ = pair(**KNOWN["odd widths"])
+    cache = fed(at_once, 600)
+    new = loud_tokens(at_once.config, count, seed=1)
+    results = []
+    for n_threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+        numba.set_num_threads(n_threads)
+        results += [at_once.forward(new, cache.fork()) for _ in range(20)]
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@needs_tiles
+def test_who_watches_sees_every_layer_and_the_same_logits() -> None:
+    model, _ = pair()
+    with npllama.record(model) as seen:
+        watched = model.forward([1, 2, 3])
+    assert "layers.1.ffn_act" in seen
+    assert_same_bits(watched, model.forward([1, 2, 3]))
+
+
+@needs_tiles
+def test_what_is_not_known_is_declined() -> None:
+    for changes in UNKNOWN.values():
+        model = loud_model(loud_config(**changes), dtype="bfloat16")
+        assert through_layers(model.weights, model.config) is None, changes
+    model = loud_model(loud_config(), dtype="float32")
+    assert through_layers(model.weights, model.config) is None
+
+
+@needs_tiles
+def test_many_tokens_and_caches_of_other_numbers_are_declined() -> None:
+    model = loud_model(loud_config(), dtype="bfloat16")
+    run = through_layers(model.weights, model.config)
+    assert run is not None
+
+    def result(n_new: int, cache: KVCache) -> Any:
+        x, angles = np.ones((n_new, 64), np.float32), np.ones((n_new, 8), np.float32)
+        return run(x, (angles, angles), cache)
+
+    assert result(16, KVCache(model.config, 32)) is not None
+    assert result(17, KVCache(model.config, 32)) is None
+    assert result(1, KVCache(model.config, 32, "bfloat16")) is None
+
+
+def test_a_path_without_tiles_goes_layer_by_layer() -> None:
+    model = loud_model(loud_config(), dtype="bfloat16")
+    assert twins("portable")["through_layers"](model.weights, model.config) is None
