@@ -1,4 +1,4 @@
-"""The second opinion: the same models in PyTorch, written apart from the engine, tensor by tensor.
+"""The second opinion: every family's models in PyTorch, written apart from the engine, tensor by tensor.
 
 Nothing here shares arithmetic with `npllama`. Where the engine multiplies cosines and sines, the oracle multiplies
 complex numbers; where the engine groups queries, the oracle repeats keys and values; where the engine replaces masked

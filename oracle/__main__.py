@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", type=_count, default=0, metavar="N", help="greedy steps after the prompt (default: 0)")
     add("--teacher-force", action="store_true", help="feed the last N tokens one by one instead of greedy steps")
     add("--by", choices=("oracle", "transformers", "meta"), default="oracle",
-        help="who runs: the oracle, transformers' Llama or Meta's llama-models (default: oracle)")  # fmt: skip
+        help="who runs: the oracle, transformers or Meta's llama-models (default: oracle)")  # fmt: skip
     trace.set_defaults(run=_trace)
 
     check = commands.add_parser("check", help="compare the engine's tensors with torch's")

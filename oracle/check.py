@@ -20,7 +20,7 @@ from npllama.check.report import Report
 from npllama.check.run import run_trace, shadow_run
 from npllama.check.trace import MemoryTrace
 from npllama.checkpoint.store import Store
-from oracle.llama import TorchLlama
+from oracle.decoder import TorchDecoder
 from oracle.run import check_run, record
 
 #: Taps that each backend may leave out, because a kernel computes through them. Any other that is missing is a fault.
@@ -101,8 +101,10 @@ def check(
 
 
 def _recorded(store: Store, tokens: Sequence[int], prefill: int, dtype: str, greedy: int = 0) -> MemoryTrace:
-    trace = MemoryTrace(tokens=tokens, prefill=prefill, dtype=dtype, producer=TorchLlama.producer, config=store.config)
-    record(TorchLlama(store, dtype), tokens, trace, prefill=prefill, greedy=greedy)
+    trace = MemoryTrace(
+        tokens=tokens, prefill=prefill, dtype=dtype, producer=TorchDecoder.producer, config=store.config
+    )
+    record(TorchDecoder(store, dtype), tokens, trace, prefill=prefill, greedy=greedy)
     return trace
 
 

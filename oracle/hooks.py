@@ -3,53 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 
-from npllama.taps import spec_of
+from npllama.config import ModelConfig
+from npllama.taps import spec_of, tap_names
 
 #: ``see(name, x)`` for a tensor in the shape of its tap, rows as the module has them.
 See = Callable[[str, torch.Tensor], None]
 
 
-def attach(layers: Any, table: str, see: See, head_dim: int) -> None:
-    """Put hooks on every layer, as a table says.
+def attach(root: torch.nn.Module, table: str, config: ModelConfig, see: See) -> None:
+    """Put hooks on a model, as a table says.
 
     Parameters
     ----------
-    layers : sequence of torch.nn.Module
-        The decoder layers.
+    root : torch.nn.Module
     table : str
-        A line for each tap: path of a submodule (``.`` is the layer itself), ``in`` or ``out``, tap without its layer.
+        A line for each place: path of a submodule of ``root``, ``in`` or ``out``, and the tap that its first input or
+        its output is; with ``|`` between them the taps that stand side by side in it. ``{i}`` is each layer in turn.
+        Lines whose taps the model does not have are passed over.
+    config : ModelConfig
+        Of the model: gives the taps and their shapes.
     see : callable
-        Gets each tensor under the tap's full name.
-    head_dim : int
-        Dh.
+        Gets each tensor under the tap's full name, without the batch axis.
     """
-    for i, layer in enumerate(layers):
-        for line in table.strip().splitlines():
-            path, side, tap = line.split()
-            module = layer if path == "." else layer.get_submodule(path)
-            hook(module, side, f"layers.{i}.{tap}", see, head_dim)
+    known = frozenset(tap_names(config))
+    for path, side, taps in filter(None, map(str.split, table.splitlines())):
+        for i in range(config.n_layers if "{i}" in path else 1):
+            names = taps.format(i=i).split("|")
+            if known.issuperset(names):
+                _hook(root.get_submodule(path.format(i=i)), side, names, config, see)
 
 
-def hook(module: torch.nn.Module, side: str, name: str, see: See, head_dim: int) -> None:
-    """Show the first input or the output of a module, without its batch axis, as a tap."""
+def _hook(module: torch.nn.Module, side: str, names: list[str], config: ModelConfig, see: See) -> None:
+    axes = [spec_of(name).axes for name in names]
 
-    def on_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        see(name, _shaped(name, inputs[0], head_dim))
-
-    def on_output(_: torch.nn.Module, __: Any, output: Any) -> None:
-        see(name, _shaped(name, output[0] if isinstance(output, tuple) else output, head_dim))
+    def show(x: Any) -> None:
+        x = x[0] if isinstance(x, tuple) else x
+        if axes[0][0] != "T":  # what has a row for each query in every head
+            see(names[0], x[0])
+            return
+        shapes = [[config.axes[axis] for axis in each[1:]] for each in axes]
+        widths = [prod(shape) for shape in shapes]
+        rows = x.reshape(-1, sum(widths))
+        for name, shape, part in zip(names, shapes, rows.split(widths, -1), strict=True):
+            see(name, part.unflatten(-1, shape))
 
     if side == "in":
-        module.register_forward_pre_hook(on_input)
+        module.register_forward_pre_hook(lambda _, inputs: show(inputs))
     else:
-        module.register_forward_hook(on_output)
-
-
-def _shaped(name: str, x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Take the batch axis away, and split (T, H*Dh) into heads where the tap has them."""
-    x = x[0]
-    return x.unflatten(-1, (-1, head_dim)) if spec_of(name).axes[-1] == "Dh" else x
+        module.register_forward_hook(lambda _, __, output: show(output))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import torch
@@ -19,24 +19,27 @@ import torch
 from npllama.checkpoint.names import expected
 from npllama.config import ModelConfig
 from npllama.errors import BackendError, UnsupportedError
-from oracle.hooks import attach, hook
-from oracle.llama import Tap, untapped
+from oracle.equations import Tap, untapped
+from oracle.hooks import attach
 from oracle.weights import Source, to_torch, torch_dtype
 
 _TAPS = """
-attention_norm   out  attention_norm
-attention.wq     out  q
-attention.wk     out  k
-attention.wv     out  v
-attention.wo     in   context
-attention.wo     out  attention_out
-ffn_norm         in   resid_mid
-ffn_norm         out  ffn_norm
-feed_forward.w1  out  gate
-feed_forward.w3  out  up
-feed_forward.w2  in   ffn_act
-feed_forward.w2  out  ffn_out
-.                out  resid_post
+tok_embeddings              out  tok_embeddings
+layers.{i}.attention_norm   out  layers.{i}.attention_norm
+layers.{i}.attention.wq     out  layers.{i}.q
+layers.{i}.attention.wk     out  layers.{i}.k
+layers.{i}.attention.wv     out  layers.{i}.v
+layers.{i}.attention.wo     in   layers.{i}.context
+layers.{i}.attention.wo     out  layers.{i}.attention_out
+layers.{i}.ffn_norm         in   layers.{i}.resid_mid
+layers.{i}.ffn_norm         out  layers.{i}.ffn_norm
+layers.{i}.feed_forward.w1  out  layers.{i}.gate
+layers.{i}.feed_forward.w3  out  layers.{i}.up
+layers.{i}.feed_forward.w2  in   layers.{i}.ffn_act
+layers.{i}.feed_forward.w2  out  layers.{i}.ffn_out
+layers.{i}                  out  layers.{i}.resid_post
+norm                        out  norm
+output                      out  logits
 """
 
 
@@ -46,7 +49,7 @@ class MetaLlama:
     Parameters
     ----------
     source : Source
-        A `Store`, or anything that has its ``config``, ``tensor`` and ``rope_freqs``.
+        A `Store`, or anything that has its ``config``, ``tensor`` and ``frequencies``.
     dtype : {"float32", "bfloat16"}
         Of weights and activations. (In float64 its norms, RoPE and softmax would still be float32.)
     capacity : int
@@ -55,7 +58,7 @@ class MetaLlama:
     Raises
     ------
     UnsupportedError
-        float64, or heads that are not D / H wide, which the implementation cannot express.
+        float64, or a model that the implementation cannot express: not a Llama, or heads not D / H wide.
     """
 
     producer = "llama-models"
@@ -68,11 +71,7 @@ class MetaLlama:
         self.length = 0
         self._tap: Tap = untapped
         self._model = _build(source, torch_dtype(dtype), capacity)
-        head_dim = self.config.head_dim
-        hook(self._model.tok_embeddings, "out", "tok_embeddings", self._see, head_dim)
-        attach(self._model.layers, _TAPS, self._see, head_dim)
-        hook(self._model.norm, "out", "norm", self._see, head_dim)
-        hook(self._model.output, "out", "logits", self._see, head_dim)
+        attach(self._model, _TAPS, self.config, self._see)
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], tap: Tap = untapped) -> torch.Tensor:
@@ -122,12 +121,15 @@ def _build(source: Source, dtype: torch.dtype, capacity: int) -> Any:
     names = list(expected(replace(source.config, tied=False)))
     model.to(dtype)
     model.load_state_dict({name: to_torch(source.tensor(name), dtype) for name in names})
-    angles = torch.outer(torch.arange(capacity, dtype=torch.float32), torch.tensor(source.rope_freqs()))
+    angles = torch.outer(torch.arange(capacity, dtype=torch.float32), torch.tensor(source.frequencies()[0]))
     model.freqs_cis = torch.polar(torch.ones_like(angles), angles)
     return model.eval()
 
 
 def _arguments(config: ModelConfig, capacity: int) -> dict[str, Any]:
+    options = [entry.name for entry in fields(config) if entry.default not in (MISSING, getattr(config, entry.name))]
+    if options:
+        raise UnsupportedError(f"the model has its own {', '.join(options)}, and Meta's reference is a Llama")
     if config.head_dim * config.n_heads != config.dim:
         raise UnsupportedError(
             f"{config.n_heads} heads of {config.head_dim} in a model of width {config.dim}: Meta's reference knows "

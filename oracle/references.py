@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 from npllama.errors import BackendError
-from oracle.llama import TorchLlama
+from oracle.decoder import TorchDecoder
 from oracle.run import Reference
 from oracle.weights import Source
 
 
 def _oracle(source: Source, dtype: str, capacity: int) -> AbstractContextManager[Reference]:
-    return nullcontext(TorchLlama(source, dtype))
+    return nullcontext(TorchDecoder(source, dtype))
 
 
 def _transformers(source: Source, dtype: str, capacity: int) -> AbstractContextManager[Reference]:
     try:
-        from oracle.transformers_reference import TransformersLlama
+        from oracle.transformers_reference import TransformersModel
     except ImportError as problem:
         raise BackendError(
             f"transformers cannot be imported: {problem}", remedy="Install it with `pip install transformers`."
         ) from None
-    return nullcontext(TransformersLlama(source, dtype))
+    return nullcontext(TransformersModel(source, dtype))
 
 
 @contextlib.contextmanager

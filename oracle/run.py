@@ -12,7 +12,7 @@ from npllama.check.trace import TraceSink
 from npllama.config import ModelConfig
 from npllama.dtypes import Array
 from npllama.errors import ContextOverflowError, ParameterError
-from oracle.llama import Tap
+from oracle.equations import Tap
 
 
 class Reference(Protocol):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from npllama.checkpoint.names import expected
 from npllama.config import ModelConfig
 from npllama.dtypes import Tensor
-from npllama.errors import ParameterError, UnsupportedError
+from npllama.errors import ParameterError
 
 #: Dtypes that a forward pass can run in, by name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-#: How the bits of a stored dtype are to be read.
+#: How the bits of a stored dtype are to be read. What is not here is stored as integers and their scales.
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+#: Weights by their names, for example "attention.wq.weight"; what a model does not have is not in it.
+Named: TypeAlias = Mapping[str, torch.Tensor]
 
 
 class Source(Protocol):
@@ -30,8 +35,8 @@ class Source(Protocol):
     def tensor(self, name: str) -> Tensor:
         """Return a weight by its canonical name."""
 
-    def rope_freqs(self) -> NDArray[np.float32]:
-        """Return the RoPE inverse frequencies, shape (Dh/2,)."""
+    def frequencies(self) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        """Return the RoPE inverse frequencies, (Dh/2,), of short texts and of long ones; None for what is not there."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -53,9 +58,10 @@ def to_torch(tensor: Tensor, dtype: torch.dtype, index: Any = ...) -> torch.Tens
     Parameters
     ----------
     tensor : Tensor
-        Usually a memory map. bfloat16 bits are read as what they are, not computed with.
+        Usually a memory map. bfloat16 bits are read as what they are, not computed with; integers with scales are the
+        numbers that they stand for, exact in float64.
     dtype : torch.dtype
-        Of the result. Widening is exact; a float32 weight is rounded to bfloat16 as ``.to`` does it.
+        Of the result. Widening is exact; what is wider is rounded once, as ``.to`` does it.
     index : any
         Index along the first axes.
 
@@ -63,50 +69,38 @@ def to_torch(tensor: Tensor, dtype: torch.dtype, index: Any = ...) -> torch.Tens
     -------
     torch.Tensor
         It owns its memory: torch has no read-only tensors, and the file must stay as it is.
-
-    Raises
-    ------
-    UnsupportedError
-        The weight is stored in a dtype that torch has no twin of.
     """
-    if tensor.dtype not in _STORED:
-        raise UnsupportedError(
-            f"the oracle does not read weights stored as {tensor.dtype}",
-            remedy="Check a conversion with --dtype f32 or bf16.",
-        )
-    return torch.from_numpy(np.array(tensor.data[index])).view(_STORED[tensor.dtype]).to(dtype)
+    if tensor.dtype in _STORED:
+        return torch.from_numpy(np.array(tensor.data[index])).view(_STORED[tensor.dtype]).to(dtype)
+    return torch.from_numpy(tensor.numbers(index, np.float64)).to(dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Layer:
-    """Weights of one decoder layer, by their canonical names."""
+class WeightReader:
+    """Reads a model's weights when they are asked for, and keeps none.
 
-    attention_norm: torch.Tensor  # (D,)
-    wq: torch.Tensor  # (H*Dh, D)
-    wk: torch.Tensor  # (K*Dh, D)
-    wv: torch.Tensor  # (K*Dh, D)
-    wo: torch.Tensor  # (D, H*Dh)
-    ffn_norm: torch.Tensor  # (D,)
-    w1: torch.Tensor  # (F, D)
-    w3: torch.Tensor  # (F, D)
-    w2: torch.Tensor  # (D, F)
+    Parameters
+    ----------
+    source : Source
+    dtype : torch.dtype
+        What they are converted to.
+    """
 
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self._source = source
+        self._dtype = dtype
+        table = expected(replace(source.config, tied=False)).values()
+        self._names = [entry.name for entry in table if not entry.stacked]
 
-_PLACES = {
-    "attention_norm": "attention_norm",
-    "wq": "attention.wq",
-    "wk": "attention.wk",
-    "wv": "attention.wv",
-    "wo": "attention.wo",
-    "ffn_norm": "ffn_norm",
-    "w1": "feed_forward.w1",
-    "w3": "feed_forward.w3",
-    "w2": "feed_forward.w2",
-}
+    def under(self, prefix: str) -> Named:
+        """Read every weight whose canonical name begins so, ``layers.0.`` for example, but for the experts'.
 
+        Returns
+        -------
+        mapping of str to torch.Tensor
+            By the rest of the name.
+        """
+        return {name[len(prefix) :]: self.rows(name) for name in self._names if name.startswith(prefix)}
 
-def read_layer(source: Source, i: int, dtype: torch.dtype) -> Layer:
-    """Read layer ``i`` and convert it to ``dtype``."""
-    return Layer(
-        **{field: to_torch(source.tensor(f"layers.{i}.{place}.weight"), dtype) for field, place in _PLACES.items()}
-    )
+    def rows(self, name: str, index: Any = ...) -> torch.Tensor:
+        """Read (the indexed rows of) one weight by its canonical name."""
+        return to_torch(self._source.tensor(name), self._dtype, index)

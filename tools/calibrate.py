@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,43 @@ from npllama.check.report import TapRow
 from npllama.check.rerun import Rerun, kind_of
 from npllama.check.run import run_trace
 from npllama.check.trace import MemoryTrace
-from npllama.config import ModelConfig, RopeScaling
+from npllama.config import Experts, ModelConfig, RopeScaling
 from tests.fixtures.engine import loud_model
 from tests.fixtures.loud import loud_config, loud_tokens
 
 _PREFILL, _DECODE = 64, 4
 #: What engines with fused kernels never round.
 _FUSED = frozenset({"q", "k", "scores", "probs", "gate", "up"})
+_GPT: dict[str, Any] = {
+    "norm": "layer",
+    "positions": "learned",
+    "rope_scaling": None,
+    "max_seq_len": 128,
+    "gated": False,
+    "activation": "gelu_tanh",
+    "qkv_bias": True,
+    "attention_out_bias": True,
+    "ffn_bias": True,
+}
+#: What other families have that Llama has not.
+_FAMILIES: tuple[dict[str, Any], ...] = (
+    {"qkv_bias": True},
+    {"qk_norm": "head"},
+    {"qk_norm": "projection", "norm_order": "output"},
+    {"experts": Experts(count=4, active=2, hidden_dim=96)},
+    {"experts": Experts(count=6, active=2, hidden_dim=48, renormalise=False, shared_dim=80), "qkv_bias": True},
+    _GPT,
+    {**_GPT, "norm_order": "post", "final_norm": False},
+)
 #: Clean or planted, kind of floor, which token, dtype -> (largest ratio, what it was).
 Found = dict[tuple[str, str, str, str], list[tuple[float, str]]]
 
 
 def random_config(rng: np.random.Generator) -> ModelConfig:
-    """Return one of many small loud architectures."""
+    """Return one of many small loud architectures: half of them Llamas, the others of all families."""
     n_heads = int(rng.choice([2, 4, 6]))
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 32) if rng.random() < 0.5 else None
-    return loud_config(
+    made = loud_config(
         n_layers=int(rng.integers(1, 5)),
         n_heads=n_heads,
         n_kv_heads=int(rng.choice([k for k in (1, 2, 3, 6) if n_heads % k == 0])),
@@ -54,27 +76,39 @@ def random_config(rng: np.random.Generator) -> ModelConfig:
         rope_scaling=scaling,
         tied=bool(rng.random() < 0.5),
     )
+    changes = _FAMILIES[rng.integers(len(_FAMILIES))] if rng.random() < 0.5 else {}
+    windows = tuple(int(width) for width in rng.choice([0, 9, 30], made.n_layers)) if rng.random() < 0.2 else ()
+    return replace(made, windows=windows, **changes)
 
 
 def shuffled_sums(seed: int) -> dict[str, Callable[..., Any]]:
     """Return operations that add up the same products in another order."""
 
-    def linear(x: Any, weight: Any) -> Any:
+    def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         order = np.random.default_rng(seed).permutation(x.shape[1])
-        return np.ascontiguousarray(x[:, order]) @ np.ascontiguousarray(weight.numbers(to=x.dtype)[:, order]).T
+        y = np.ascontiguousarray(x[:, order]) @ np.ascontiguousarray(weight.numbers(to=x.dtype)[:, order]).T
+        return y if bias is None else y + bias.numbers(to=x.dtype)
 
-    def linears(x: Any, weights: Sequence[Any]) -> Any:
-        return tuple(linear(x, weight) for weight in weights)
+    def linears(x: Any, weights: Sequence[Any], biases: Sequence[Any]) -> Any:
+        return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        width = x.dtype.type(x.shape[1])
+        centred = x - np.cumsum(x, axis=-1, dtype=x.dtype)[:, -1:] / width
+        variance = np.cumsum(centred * centred, axis=-1, dtype=x.dtype)[:, -1:] / width
+        scaled = centred / np.sqrt(variance + x.dtype.type(eps))
+        return scaled * weight.numbers(to=x.dtype) + bias.numbers(to=x.dtype)
 
     def rms_norm(x: Any, weight: Any, eps: float) -> Any:
         mean_square = np.cumsum(x * x, axis=-1, dtype=x.dtype)[:, -1:] / x.dtype.type(x.shape[1])
         return x / np.sqrt(mean_square + x.dtype.type(eps)) * weight.numbers(to=x.dtype)
 
-    def attention(q: Any, keys: Any, values: Any, tap: Any) -> Any:
+    def attention(q: Any, keys: Any, values: Any, tap: Any, **how: Any) -> Any:
         order = np.random.default_rng(seed).permutation(q.shape[2])
-        return ops.attention(q[..., order], keys[..., order], values, tap)
+        return ops.attention(q[..., order], keys[..., order], values, tap, **how)
 
-    return {"linear": linear, "linears": linears, "rms_norm": rms_norm, "attention": attention}
+    return {"linear": linear, "linears": linears, "rms_norm": rms_norm, "layer_norm": layer_norm,
+            "attention": attention}  # fmt: skip
 
 
 def play(run: Rerun, dtype: str, exact: frozenset[str] = frozenset()) -> MemoryTrace:

@@ -24,8 +24,7 @@ from npllama.taps import spec_of
 ShapeOf = Callable[[str, int], tuple[int, ...] | None]
 
 _UNKNOWN = 3  # first part of the rank of a name that is no tap's
-_ROTATED = ("q", "k", "q_rope", "k_rope")
-_WITH_HEADS = ("q", "k", "v", "q_rope", "k_rope", "context")
+_ROTATED = ("q", "k", "q_norm", "k_norm", "q_rope", "k_rope")
 _DIMENSIONS = {
     "D": "dim",
     "H": "n_heads",
@@ -34,6 +33,7 @@ _DIMENSIONS = {
     "F": "hidden_dim",
     "V": "vocab_size",
 }
+_DIMENSIONS_OF_EXPERTS = {"E": "count", "A": "active", "Fe": "hidden_dim", "Fs": "shared_dim"}
 #: Masks made by adding a huge negative number instead of -inf.
 _MASKED_BELOW = -1e30
 
@@ -69,6 +69,8 @@ model.layers.{i}.input_layernorm                layers.{i}.attention_norm
 model.layers.{i}.self_attn.q_proj               layers.{i}.q
 model.layers.{i}.self_attn.k_proj               layers.{i}.k
 model.layers.{i}.self_attn.v_proj               layers.{i}.v
+model.layers.{i}.self_attn.q_norm               layers.{i}.q_norm
+model.layers.{i}.self_attn.k_norm               layers.{i}.k_norm
 model.layers.{i}.self_attn.q_rope               layers.{i}.q_rope
 model.layers.{i}.self_attn.k_rope               layers.{i}.k_rope
 model.layers.{i}.self_attn.scores               layers.{i}.scores
@@ -82,10 +84,34 @@ model.layers.{i}.mlp.gate_proj                  layers.{i}.gate
 model.layers.{i}.mlp.up_proj                    layers.{i}.up
 model.layers.{i}.mlp.down_proj.input            layers.{i}.ffn_act
 model.layers.{i}.mlp.down_proj                  layers.{i}.ffn_out
+model.layers.{i}.mlp.gate                       layers.{i}.router_logits
+model.layers.{i}.mlp.shared_expert.gate_proj    layers.{i}.shared_gate
+model.layers.{i}.mlp.shared_expert.up_proj      layers.{i}.shared_up
+model.layers.{i}.mlp.shared_expert.down_proj.input layers.{i}.shared_act
+model.layers.{i}.block_sparse_moe.gate          layers.{i}.router_logits
+model.layers.{i}.block_sparse_moe               layers.{i}.ffn_out
 model.layers.{i}.mlp                            layers.{i}.ffn_out
+model.layers.{i}.post_feedforward_layernorm     layers.{i}.ffn_out_norm
 model.layers.{i}                                layers.{i}.resid_post
 model.norm                                      norm
 lm_head                                         logits
+""")
+
+# Modules that mean the same in GPT and GPT-2. Their ln_1, ln_2 and whole layers do not: norms stand at other places.
+_GPT = _table("""
+transformer.wte                                 tok_embeddings
+transformer.tokens_embed                        tok_embeddings
+transformer.wpe                                 pos_embeddings
+transformer.positions_embed                     pos_embeddings
+transformer.drop.input                          embeddings
+transformer.h.{i}.attn.c_proj.input             layers.{i}.context
+transformer.h.{i}.attn.c_proj                   layers.{i}.attention_out
+transformer.h.{i}.attn                          layers.{i}.attention_out
+transformer.h.{i}.mlp.c_fc                      layers.{i}.up
+transformer.h.{i}.mlp.c_proj.input              layers.{i}.ffn_act
+transformer.h.{i}.mlp.c_proj                    layers.{i}.ffn_out
+transformer.h.{i}.mlp                           layers.{i}.ffn_out
+transformer.ln_f                                norm
 """)
 
 _META = _table("""
@@ -114,6 +140,8 @@ attn_norm-{i}                                   layers.{i}.attention_norm
 Qcur-{i}                                        layers.{i}.q|layers.{i}.q_rope
 Kcur-{i}                                        layers.{i}.k|layers.{i}.k_rope
 Vcur-{i}                                        layers.{i}.v
+Qcur_normed-{i}                                 layers.{i}.q_norm
+Kcur_normed-{i}                                 layers.{i}.k_norm
 kq_soft_max-{i}                                 layers.{i}.probs
 kq_soft_max_ext-{i}                             layers.{i}.probs
 kqv_out-{i}                                     layers.{i}.context
@@ -122,6 +150,8 @@ ffn_inp-{i}                                     layers.{i}.resid_mid
 ffn_norm-{i}                                    layers.{i}.ffn_norm
 ffn_gate-{i}                                    layers.{i}.gate
 ffn_up-{i}                                      layers.{i}.up
+ffn_moe_logits-{i}                              layers.{i}.router_logits
+ffn_moe_probs-{i}                               layers.{i}.router_probs
 ffn_gate_par-{i}                                layers.{i}.ffn_act
 ffn_swiglu-{i}                                  layers.{i}.ffn_act
 ffn_out-{i}                                     layers.{i}.ffn_out
@@ -132,6 +162,7 @@ result_output                                   logits
 
 CONVENTIONS: tuple[Convention, ...] = (
     Convention("Hugging Face or MLX modules", "half-split", _HUGGING_FACE),
+    Convention("GPT modules", "interleaved", _GPT),
     Convention("Meta's modules", "interleaved", _META),
     Convention("llama.cpp graph nodes", "interleaved", _LLAMA_CPP),
 )
@@ -221,6 +252,10 @@ def _shapes(trace: TraceLike) -> ShapeOf | None:
     config = trace.model.get("config")
     if isinstance(config, dict) and all(type(config.get(key)) is int for key in _DIMENSIONS.values()):
         axes = {letter: int(config[key]) for letter, key in _DIMENSIONS.items()}
+        experts = config.get("experts")
+        if isinstance(experts, dict):
+            known = {letter: experts.get(key) for letter, key in _DIMENSIONS_OF_EXPERTS.items()}
+            axes |= {letter: length for letter, length in known.items() if type(length) is int}
         return partial(_shape_in, axes, trace)
     shapes = {(entry.name, entry.step): entry.shape for entry in trace.taps}
     if any(name.endswith((".q", ".q_rope")) and len(shape) == 3 for (name, _), shape in shapes.items()):
@@ -231,8 +266,9 @@ def _shapes(trace: TraceLike) -> ShapeOf | None:
 def _shape_in(axes: Mapping[str, int], trace: TraceLike, name: str, step: int) -> tuple[int, ...] | None:
     if forward_rank(name)[0] == _UNKNOWN:
         return None
-    lengths = {**axes, "T": trace.prefill if step == 0 else 1, "S": trace.prefill + step}
-    return tuple(lengths[axis] for axis in spec_of(name).axes)
+    lengths = {**axes, "T": trace.prefill if step == 0 else 1, "S": trace.prefill + step, "1": 1}
+    wanted = spec_of(name).axes
+    return tuple(lengths[axis] for axis in wanted) if lengths.keys() >= set(wanted) else None
 
 
 def _listed(shapes: Mapping[tuple[str, int], tuple[int, ...]], name: str, step: int) -> tuple[int, ...] | None:

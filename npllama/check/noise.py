@@ -111,8 +111,10 @@ _GROWTH = 4.0
 # are computed with other libraries or in another order.
 _ANGLE_ERROR = 2.0**-22
 _NATIVE = ("npllama", "oracle")
-_AFTER_SOFTMAX = frozenset({"probs", "context", "attention_out", "resid_mid", "ffn_norm", "gate", "up", "ffn_act",
-                            "ffn_out", "resid_post"})  # fmt: skip
+# Taps before a model's first layer, and those of a layer up to its softmax. A router's softmax is not counted: what it
+# gives are probabilities of a few experts, which differ by less than its logits do.
+_EMBEDDED = frozenset({"tok_embeddings", "pos_embeddings", "embeddings"})
+_BEFORE_SOFTMAX = frozenset({"attention_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "scores"})
 
 
 def one_rounding(dtype: str) -> float:
@@ -139,10 +141,10 @@ def typical(name: str, dtype: str, n_layers: int) -> float:
     """
     parts = name.split(".")
     depth = n_layers
-    if name == "tok_embeddings":
+    if name in _EMBEDDED:
         depth = 0
     elif len(parts) == 3:
-        depth = int(parts[1]) + (parts[2] in _AFTER_SOFTMAX)
+        depth = int(parts[1]) + (parts[2] not in _BEFORE_SOFTMAX)
     return float(UNIT_ROUNDOFF[dtype] ** 2 * _SUMS[dtype] * (1 + _GROWTH * depth))
 
 

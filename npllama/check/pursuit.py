@@ -109,7 +109,7 @@ class Case:
         self._clean = clean
         self._candidate, _ = adapted(candidate, like=shapes)
         self._foreign = noise.is_foreign(candidate)
-        names, steps = frozenset(tap_names(clean.config.n_layers)), len(clean.tokens) - clean.prefill
+        names, steps = frozenset(tap_names(clean.config)), len(clean.tokens) - clean.prefill
         # Tensors to compare, in the order of the run.
         self._keys = [(tap.name, tap.step) for tap in self._candidate.taps if tap.name in names and tap.step <= steps]
         self._wanted = frozenset(self._keys)
@@ -219,8 +219,9 @@ class Case:
         """Tell whether a tensor is the first that shows a mistake which rounds."""
         if way is None or not way.rounds:
             return False
-        ahead = forward_rank(way.first)
-        first = next((name for name, _ in self._keys if forward_rank(name) >= ahead), way.first)
+        first, ahead = way.first, forward_rank(way.first)
+        if kind_of(first) not in {kind_of(name) for name, _ in self._keys}:
+            first = next((name for name, _ in self._keys if forward_rank(name) >= ahead), first)
         return kind_of(key[0]) == kind_of(first)
 
     def _errors(self, key: Key, x: Array) -> Rows:

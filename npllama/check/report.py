@@ -26,7 +26,7 @@ class TapRow:
     verdict : str
         "match", "differs" or "cannot tell".
     finding : str
-        What was wrong before any arithmetic (another shape, another dtype, NaN); empty otherwise.
+        What no ratio says: another shape, another dtype, NaN, a choice of experts that rounding decides; mostly empty.
     max_abs, relative_error, cosine, nmse_db : float or None
         Candidate against reference: largest difference, norm of the difference over the reference's norm, cosine of the
         angle between both, and the squared relative error in decibels (-inf: equal). None where nothing was computed.

@@ -1,7 +1,7 @@
 """The model once more, with one thing changed: everything that a mistake can touch, as a value.
 
 A `Rerun` is the forward pass of `npllama.model` with its parts laid out: configuration, weights, operations, tokens,
-cache and taps. A mistake is a function that returns a copy with one part replaced; `npllama.check.plants` has them.
+cache and taps. A mistake is a function that returns a copy with one part replaced; `npllama.check.mistakes` has them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 
 from npllama import ops
 from npllama.config import ModelConfig
-from npllama.model import Model, Weights, forward
+from npllama.model import Model, forward
 from npllama.taps import Tap
+from npllama.weights import Weights
 
 Array: TypeAlias = NDArray[Any]
 #: The latest tensor of each kind ("q_rope", "context", ...) that has passed a tap, and the residual stream as "stream".
 Seen: TypeAlias = dict[str, Array]
 
-_STREAM = frozenset({"tok_embeddings", "resid_mid", "resid_post"})
+#: Step of tensors that nobody asked for: those of a cache that is computed anew.
+_UNSEEN = -1
+_STREAM = frozenset({"tok_embeddings", "embeddings", "resid_mid", "resid_mid_norm", "resid_post", "resid_post_norm"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,9 @@ class Rerun:
         ``cache(cache, seen)`` is the cache that the pass gets.
     tap : callable
         ``tap(inner, seen)`` is the tap that the pass gets; ``inner`` shows a tensor to whoever watches.
+    anew : callable
+        ``anew(run, before, after)`` tells whether the cache is computed anew where a text of ``before`` positions grows
+        to ``after``.
     """
 
     config: ModelConfig
@@ -56,6 +62,7 @@ class Rerun:
     new_cache: Callable[[int], Any]
     cache: Callable[[Any, Seen], Any]
     tap: Callable[[Tap, Seen], Tap]
+    anew: Callable[[Rerun, int, int], bool]
 
     @classmethod
     def of(cls, model: Model, tokens: tuple[int, ...], prefill: int) -> Rerun:
@@ -69,6 +76,7 @@ class Rerun:
             new_cache=model.new_cache,
             cache=lambda cache, seen: cache,
             tap=lambda inner, seen: inner,
+            anew=_outgrown,
         )
 
     def with_ops(self, **functions: Callable[..., Any]) -> Rerun:
@@ -84,15 +92,32 @@ class Rerun:
             float32 or float64.
         watch : callable
             ``watch(step, name, x)`` sees each tensor, step 0 being the prefill; the pass goes on with what it returns.
+            Step -1 is no step of the run: there a cache is computed anew.
         """
         seen: Seen = {}
         # One position more than there are tokens, for mistakes that leave a hole.
         cache = self.cache(self.new_cache(min(len(self.tokens) + 1, self.config.max_seq_len)), seen)
-        ends = range(self.prefill, len(self.tokens) + 1)
-        for step, end in enumerate(ends):
-            ids = np.array(self.tokens[:end] if step == 0 else self.tokens[end - 1 : end], np.int64)
+
+        def call(step: int, first: int, end: int) -> None:
+            ids = np.array(self.tokens[first:end], np.int64)
             tap = self.tap(_remembering(step, watch, seen), seen)
             forward(ids, self.weights, self.config, self.ops, cache, dtype=dtype, tap=tap)
+
+        call(0, 0, self.prefill)
+        for step, end in enumerate(range(self.prefill + 1, len(self.tokens) + 1), start=1):
+            if self.anew(self, end - 1, end):
+                cache.truncate(0)
+                cache.horizon = end
+                call(_UNSEEN, 0, end - 1)
+            call(step, end - 1, end)
+
+
+def _outgrown(run: Rerun, before: int, after: int) -> bool:
+    """Tell whether a longrope model's text grows beyond its original context; see `npllama.model.Model.forward`."""
+    scaling = run.config.rope_scaling
+    if scaling is None or run.weights.rope_freqs_long is None:
+        return False
+    return before <= scaling.original_max_seq_len < after
 
 
 def _remembering(step: int, watch: Callable[[int, str, Array], Array], seen: Seen) -> Tap:

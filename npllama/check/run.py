@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar, overload
@@ -40,14 +40,14 @@ class Watcher(Recorder):
 
     Parameters
     ----------
-    axes, n_layers, pattern
+    config, pattern
         As for `Recorder`, which checks every tensor against the table first.
     see : callable
         ``see(name, x)`` for each tensor that the pattern matches.
     """
 
-    def __init__(self, axes: Mapping[str, int], n_layers: int, pattern: str, see: See) -> None:
-        super().__init__(axes, n_layers, pattern)
+    def __init__(self, config: ModelConfig, pattern: str, see: See) -> None:
+        super().__init__(config, pattern)
         self._see = see
 
     def step(self, n_new: int, n_all: int, dtype: np.dtype[Any]) -> Tap:
@@ -117,6 +117,7 @@ def run_trace(
         into = MemoryTrace(tokens=tokens, prefill=prefill, dtype=dtype_of(model), config=model.config)
     run = _Run(into, whole=chunk is None or chunk >= prefill)
     cache = model.new_cache(len(tokens) + greedy)
+    cache.horizon = prefill
     with _watched(model, pattern, run.see):
         size = prefill if chunk is None else chunk
         for start in range(0, prefill, size):
@@ -160,7 +161,7 @@ class _Run:
 def _watched(model: Engine, pattern: str, see: See) -> Iterator[None]:
     """Show a model's tensors to a function for a while."""
     before = model.recorder
-    model.recorder = Watcher(model.config.axes, model.config.n_layers, pattern, see)
+    model.recorder = Watcher(model.config, pattern, see)
     try:
         yield
     finally:

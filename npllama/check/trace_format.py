@@ -33,6 +33,8 @@ ROPE_LAYOUTS = ("interleaved", "half-split")
 _MOST_TOKENS = 1 << 22
 _LARGEST_TOKEN = 1 << 31
 _LONGEST_NAME = 200
+#: Taps before this place in their table come before all layers, those without a layer behind it after them.
+_FIRST_OF_A_LAYER = next(place for place, spec in enumerate(TAPS) if "{i}" in spec.name)
 #: One part of a path that no file system mistakes for anything else.
 _SAFE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -125,10 +127,10 @@ def forward_rank(name: str) -> tuple[int, int, int]:
         place = TAPS.index(spec_of(name))
     except TapError:
         return (3, 0, 0)
-    if place == 0:
-        return (0, 0, 0)
     parts = name.split(".")
-    return (1, int(parts[1]), place) if len(parts) == 3 else (2, 0, place)
+    if len(parts) == 3:
+        return (1, int(parts[1]), place)
+    return (0 if place < _FIRST_OF_A_LAYER else 2, 0, place)
 
 
 def in_forward_order(taps: list[TapEntry]) -> list[TapEntry]:

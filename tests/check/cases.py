@@ -12,6 +12,7 @@ from npllama.check.trace import MemoryTrace, TraceLike
 from npllama.check.trace_format import forward_rank
 from npllama.config import ModelConfig, RopeScaling
 from npllama.model import Model
+from tests.check.family_models import MODELS
 from tests.check.planted import PLANTED
 from tests.check.wrong_engine import WrongModel, build
 from tests.fixtures.engine import loud_model
@@ -24,6 +25,7 @@ CONFIGS = (
     loud_config(rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32)),
     loud_config(n_kv_heads=4, norm_eps=1e-6, rope_theta=10_000.0),
     loud_config(n_layers=12, dim=32, n_heads=2, n_kv_heads=1, hidden_dim=48, vocab_size=64),
+    *MODELS.values(),
 )
 
 WAYS = [(mistake, way) for mistake in DICTIONARY for way in mistake.ways]
@@ -86,7 +88,8 @@ def candidate(
     return record(parts.model(), config, rounds_to, seed)
 
 
-def visible(way: Way, trace: TraceLike) -> tuple[str, int]:
-    """Return the first tap of a trace, and its step, at or after the one at which a mistake shows."""
-    names = [entry.name for entry in trace.taps if entry.step == way.step]
+def visible(way: Way, trace: TraceLike, reference: TraceLike) -> tuple[str, int]:
+    """Return the first tap that two traces have, and its step, at or after the one at which a mistake shows."""
+    right = {(entry.name, entry.step) for entry in reference.taps}
+    names = [entry.name for entry in trace.taps if entry.step == way.step and (entry.name, entry.step) in right]
     return next(name for name in names if forward_rank(name) >= forward_rank(way.first)), way.step

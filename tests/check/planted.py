@@ -16,26 +16,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from npllama import ops
 from npllama.cache import KVCache
 from npllama.config import ModelConfig, RopeScaling
 from npllama.dtypes import Array, Tensor, narrow
-from npllama.model import LayerWeights
-from npllama.taps import Tap, untapped
+from npllama.taps import Tap
+from npllama.weights import LayerWeights
+from tests.check.pieces import config_of, halves_to_pairs, head_by_head, only, operation, tensors
+from tests.check.planted_families import PLANTED_IN_FAMILIES
 from tests.check.wrong_engine import Build, frequencies
 from tests.fixtures.loud import LOUD_TOKENS, half_split
 
 # --- pieces of wrong engines ----------------------------------------------------------------------------------------
-
-
-def config_of(**changes: Any) -> Callable[[Build], Build]:
-    """Take the frequencies and constants of another configuration."""
-
-    def plant(b: Build) -> Build:
-        config = replace(b.config, **changes)
-        return replace(b, config=config, freqs=frequencies(config))
-
-    return plant
 
 
 def scaled_by(factor: float) -> Callable[[Build], Build]:
@@ -44,16 +35,6 @@ def scaled_by(factor: float) -> Callable[[Build], Build]:
         return config_of(rope_scaling=replace(own, factor=factor))(b)
 
     return plant
-
-
-def tensors(change: Callable[[str, Array, Build], Array]) -> Callable[[Build], Build]:
-    """Change what is read from the files: ``change(name, values, build)``."""
-    return lambda b: b.with_tensors(lambda name, values: change(name, values, b))
-
-
-def only(*parts: str, change: Callable[[Array, Build], Array]) -> Callable[[Build], Build]:
-    """Change the tensors whose names contain one of these parts."""
-    return tensors(lambda name, x, b: change(x, b) if any(part in name for part in parts) else x)
 
 
 def renamed(name_of: Callable[[str], str]) -> Callable[[Build], Build]:
@@ -82,10 +63,6 @@ def layer_from(source: Callable[[int, int], int]) -> Callable[[Build], Build]:
         return renamed(other)(b)
 
     return plant
-
-
-def operation(**makers: Callable[[Build], Callable[..., Any]]) -> Callable[[Build], Build]:
-    return lambda b: b.with_ops(**{name: make(b) for name, make in makers.items()})
 
 
 def turned(angles: Callable[[Array, Array], Array], pairs: str = "adjacent") -> Callable[..., Array]:
@@ -128,48 +105,18 @@ def table_at(place: Callable[[int], int]) -> Callable[[Build], Callable[..., Any
 
 
 def values_turned(b: Build) -> Callable[..., Array]:
-    def attention(q: Array, keys: Array, values: Array, tap: Tap) -> Array:
+    def attention(q: Array, keys: Array, values: Array, tap: Tap, **how: Any) -> Array:
         angles = np.arange(len(values), dtype=np.float32)[:, None] * frequencies(b.config)[None]
         rotate = turned(lambda cos, sin: cos + 1j * sin)
-        return b.base.attention(q, keys, rotate(values, np.cos(angles), np.sin(angles)), tap)
+        return b.base.attention(q, keys, rotate(values, np.cos(angles), np.sin(angles)), tap, **how)
 
     return attention
 
 
-def head_by_head(
-    kv_head: Callable[[int, Build], int] = lambda h, b: h // (b.config.n_heads // b.config.n_kv_heads),
-    visible: Callable[[int, int], bool] = lambda t, s: s <= t,
-    scale: Callable[[ModelConfig], float] = lambda config: config.head_dim**-0.5,
-    dtype: Any = np.float32,
-) -> Callable[[Build], Callable[..., Array]]:
-    """Return an ``attention`` that goes through the heads one by one; the fast engine's shows no scores or probs."""
-
-    def make(b: Build) -> Callable[..., Array]:
-        def attention(q: Array, keys: Array, values: Array, tap: Tap) -> Array:
-            n_new, n_all = len(q), len(keys)
-            seen = np.array([[visible(t, s) for s in range(n_all)] for t in range(n_all - n_new, n_all)])
-            shown = untapped if b.backend == "fast" else tap
-            read = [kv_head(h, b) for h in range(q.shape[1])]
-            raw = np.stack([q[:, h] @ keys[:, read[h]].T for h in range(q.shape[1])]) * np.float32(scale(b.config))
-            raw[:, ~seen] = -np.inf
-            scores = shown("scores", raw.astype(np.float32))
-            probs = shown(
-                "probs", ops.softmax(scores.astype(dtype).astype(np.float32)).astype(dtype).astype(np.float32)
-            )
-            return np.stack([probs[h] @ values[:, read[h]] for h in range(q.shape[1])], axis=1)
-
-        return attention
-
-    return make
-
-
-def block_with(
-    *, residual: tuple[int, int] = (1, 1), merge: str = "T H Dh", cached: str = "turned"
-) -> Callable[[Build], Build]:
+def block_with(*, merge: str = "T H Dh", cached: str = "turned") -> Callable[[Build], Build]:
     """Use a decoder block that was copied and changed by hand.
 
-    ``residual`` says how often the stream is added in attention and feed-forward, ``merge`` the order in which heads
-    are written out, ``cached`` which keys are kept.
+    ``merge`` is the order in which heads are written out, ``cached`` says which keys are kept.
     """
 
     def block(
@@ -194,11 +141,11 @@ def block_with(
         context = tap("context", ops.attention(q, keys, values, tap))
         context = context if merge == "T H Dh" else np.ascontiguousarray(context.transpose(1, 0, 2))
         out = tap("attention_out", ops.linear(context.reshape(t, -1), w.wo))
-        x = tap("resid_mid", sum([x] * residual[0], out))
+        x = tap("resid_mid", x + out)
         h = tap("ffn_norm", ops.rms_norm(x, w.ffn_norm, config.norm_eps))
         gate, up = tap("gate", ops.linear(h, w.w1)), tap("up", ops.linear(h, w.w3))
-        out = tap("ffn_out", ops.linear(tap("ffn_act", ops.swiglu(gate, up)), w.w2))
-        return tap("resid_post", sum([x] * residual[1], out))
+        out = tap("ffn_out", ops.linear(tap("ffn_act", ops.glu(gate, up, "silu")), w.w2))
+        return tap("resid_post", x + out)
 
     return lambda b: replace(b, block=block)
 
@@ -225,8 +172,12 @@ def skip_a_slot(n_prompt: int) -> Callable[[KVCache], None]:
     return before
 
 
-def gate_of(function: Callable[[Array], Array]) -> Callable[[Build], Callable[..., Array]]:
-    return lambda b: lambda gate, up: function(gate).astype(np.float32) * up
+def acting(function: Callable[[Array], Array]) -> Callable[[Build], Build]:
+    """Use another activation, with a gate or without."""
+    return operation(
+        glu=lambda b: lambda gate, up, activation: function(gate).astype(np.float32) * up,
+        activate=lambda b: lambda x, activation: function(x).astype(np.float32),
+    )
 
 
 def erf_gelu(x: Array) -> Array:
@@ -256,13 +207,6 @@ def without_final_norm(b: Build) -> Build:
         return b.base.rms_norm(x, weight, eps)
 
     return b.with_ops(rms_norm=rms_norm)
-
-
-def halves_to_pairs(rows: Array, b: Build) -> Array:
-    """Reorder rows (heads*Dh, D) that are in pairs already as if they were in halves."""
-    heads = rows.reshape(-1, b.config.head_dim, rows.shape[-1])
-    order = np.arange(b.config.head_dim).reshape(2, -1).T.ravel()
-    return np.ascontiguousarray(heads[:, order]).reshape(rows.shape)
 
 
 def heads_inside_out(rows: Array, b: Build) -> Array:
@@ -296,6 +240,8 @@ def fewer_layers(b: Build) -> Build:
     return replace(b, config=replace(b.config, n_layers=b.config.n_layers - 1))
 
 
+#: What is in the order of RoPE.
+TURNED = ("wq", "wk", "q_norm", "k_norm")
 ones = lambda x, b: np.ones_like(x)
 
 #: (mistake, way) -> how it is made in an engine whose prompt has `LOUD_TOKENS` tokens.
@@ -318,9 +264,14 @@ PLANTED: dict[tuple[str, str], Callable[[Build], Build]] = {
     ("norm-eps", "1e-06"): config_of(norm_eps=1e-6),
     ("norm-eps", "1e-08"): config_of(norm_eps=1e-8),
     ("norm-eps", "0"): operation(rms_norm=lambda b: lambda x, weight, eps: bare_norm(x, weight, 0) * weight.numbers()),
+    ("norm-eps", "outside the root"): operation(
+        rms_norm=lambda b: (
+            lambda x, weight, eps: weight.numbers() * x / (np.sqrt((x * x).mean(-1, keepdims=True)) + eps)
+        )
+    ),
     ("norm-weight-ignored", "all"): operation(rms_norm=lambda b: bare_norm),
-    ("norm-weight-ignored", "attention_norm"): only("attention_norm", change=ones),
-    ("norm-weight-ignored", "ffn_norm"): only("ffn_norm", change=ones),
+    ("norm-weight-ignored", "attention_norm"): only("attention_norm.weight", change=ones),
+    ("norm-weight-ignored", "ffn_norm"): only("ffn_norm.weight", change=ones),
     ("norm-weight-ignored", "norm"): tensors(lambda name, x, b: np.ones_like(x) if name == "norm.weight" else x),
     ("norm-weight-plus-one", ""): operation(
         rms_norm=lambda b: lambda x, weight, eps: bare_norm(x, weight, eps) * (weight.numbers() + 1)
@@ -333,8 +284,8 @@ PLANTED: dict[tuple[str, str], Callable[[Build], Build]] = {
     ("rope-scaling-factor", "8"): scaled_by(8.0),
     ("rope-scaling-factor", "32"): scaled_by(32.0),
     ("rope-on-halves", ""): operation(apply_rope=lambda b: turned(lambda cos, sin: cos + 1j * sin, "halves")),
-    ("rope-row-order", "left in halves"): only("wq", "wk", change=lambda x, b: half_split(x, b.config.head_dim)),
-    ("rope-row-order", "permuted twice"): only("wq", "wk", change=halves_to_pairs),
+    ("rope-row-order", "left in halves"): only(*TURNED, change=lambda x, b: half_split(x, b.config.head_dim)),
+    ("rope-row-order", "permuted twice"): only(*TURNED, change=halves_to_pairs),
     ("rope-backwards", ""): operation(apply_rope=lambda b: turned(lambda cos, sin: cos - 1j * sin)),
     ("rope-missing", "queries and keys"): operation(apply_rope=alternating(False)),
     ("rope-missing", "queries"): operation(apply_rope=alternating(False, True)),
@@ -347,6 +298,7 @@ PLANTED: dict[tuple[str, str], Callable[[Build], Build]] = {
     ("positions-at-decode", "from zero again"): operation(rope_tables=table_at(lambda start: 0)),
     ("keys-cached-before-rope", ""): block_with(cached="raw"),
     ("cache-hole", "slot behind the prompt skipped"): lambda b: replace(b, before=skip_a_slot(LOUD_TOKENS)),
+    ("cache-hole", "row of the positions skipped, too"): lambda b: replace(b, before=skip_a_slot(LOUD_TOKENS)),
     ("cache-hole", "newest slot read before it is written"): lambda b: replace(b, cache=LateWrites),
     ("kv-heads-tiled", ""): operation(attention=head_by_head(kv_head=lambda h, b: h % b.config.n_kv_heads)),
     ("heads-split-wrongly", "q"): only(".wq.", change=heads_inside_out),
@@ -363,15 +315,11 @@ PLANTED: dict[tuple[str, str], Callable[[Build], Build]] = {
     ("softmax-in-low-precision", "bfloat16"): operation(attention=head_by_head(dtype=ml_dtypes.bfloat16)),
     ("softmax-in-low-precision", "float16"): operation(attention=head_by_head(dtype=np.float16)),
     ("w1-w3-swapped", ""): swapped("w1", "w3"),
-    ("silu-of-up", ""): operation(swiglu=lambda b: lambda gate, up: gate * (up / (1 + np.exp(-up)))),
-    ("wrong-activation", "GELU, by tanh"): operation(swiglu=gate_of(tanh_gelu)),
-    ("wrong-activation", "GELU, exact"): operation(swiglu=gate_of(erf_gelu)),
-    ("wrong-activation", "ReLU"): operation(swiglu=gate_of(lambda x: np.where(x > 0, x, 0))),
-    ("wrong-activation", "none"): operation(swiglu=gate_of(lambda x: x)),
-    ("residual-missing", "attention"): block_with(residual=(0, 1)),
-    ("residual-missing", "feed-forward"): block_with(residual=(1, 0)),
-    ("residual-missing", "both"): block_with(residual=(0, 0)),
-    ("residual-doubled", "attention"): block_with(residual=(2, 1)),
-    ("residual-doubled", "feed-forward"): block_with(residual=(1, 2)),
-    ("residual-doubled", "both"): block_with(residual=(2, 2)),
+    ("silu-of-up", ""): operation(glu=lambda b: lambda gate, up, activation: gate * (up / (1 + np.exp(-up)))),
+    ("wrong-activation", "SiLU"): acting(lambda x: x * (1 / (1 + np.exp(-x)))),
+    ("wrong-activation", "GELU, by tanh"): acting(tanh_gelu),
+    ("wrong-activation", "GELU, exact"): acting(erf_gelu),
+    ("wrong-activation", "ReLU"): acting(lambda x: np.where(x > 0, x, 0)),
+    ("wrong-activation", "none"): acting(lambda x: x),
+    **PLANTED_IN_FAMILIES,
 }

@@ -29,7 +29,7 @@ class Through(Recorder):
     """A recorder that puts every tensor through a function, which the pass goes on with."""
 
     def __init__(self, config: ModelConfig, change: Callable[[str, Array], Array], into: MemoryTrace) -> None:
-        super().__init__(config.axes, config.n_layers)
+        super().__init__(config)
         self._change = change
         self._into = into
         self._step = -1

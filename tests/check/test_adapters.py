@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import npllama
 from npllama.check.adapters import CONVENTIONS, adapted, canonical
 from npllama.check.compare import compare
+from npllama.check.run import run_trace
 from npllama.check.trace import MemoryTrace
 from npllama.check.trace_format import forward_rank
 from npllama.dtypes import Array
 from npllama.taps import tap_names
+from tests.check.family_models import MODELS
 from tests.check.runs import CONFIG, PREFILL, TOKENS, edited, engine_trace
 from tests.fixtures.loud import half_split, loud_tensors
 
@@ -130,7 +135,7 @@ def test_a_layout_that_cannot_be_understood_is_another_shape(reference: Any) -> 
 
 
 def test_every_convention_translates_into_taps_that_exist() -> None:
-    known = set(tap_names(4))
+    known = {name for model in (CONFIG, *MODELS.values()) for name in tap_names(replace(model, n_layers=4, windows=()))}
     for convention in CONVENTIONS:
         for pattern, taps in convention.names.items():
             for heads, tap in zip((False, True), (taps.partition("|")[0], taps.rpartition("|")[2]), strict=True):
@@ -179,3 +184,55 @@ def test_forward_hooks_on_transformers_give_a_trace_that_matches(reference: Any)
     permuted = half_split(trace.read("model.layers.0.self_attn.k_proj")[0].T, CONFIG.head_dim).T[None]
     trace.add(0, "model.layers.0.self_attn.k_proj", permuted)
     assert compare(trace, reference, truth).first_divergence == "layers.0.k"
+
+
+_TINY = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("family", "settings", "seen"),
+    [
+        (
+            "Qwen3Moe",
+            {**_TINY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+            {"layers.1.q_norm", "layers.1.k_norm", "layers.1.router_logits", "layers.1.ffn_out"},
+        ),
+        (
+            "GPT2",
+            {**_TINY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 80},
+            {"pos_embeddings", "layers.1.attention_out", "layers.1.up", "layers.1.ffn_out", "norm"},
+        ),
+    ],
+)  # fmt: skip
+def test_hooks_on_other_families_give_traces_that_match(
+    family: str, settings: dict[str, Any], seen: set[str], tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    from tests.families.transformers_models import build
+
+    theirs = build(family, settings)
+    theirs.save_pretrained(tmp_path / "hf")
+    folder = npllama.convert(tmp_path / "hf", tmp_path / "store", dtype="f32")
+    tokens = [token % 64 for token in TOKENS[:PREFILL]]
+    trace = MemoryTrace(tokens=tokens, prefill=PREFILL, producer="transformers", model={})
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            trace.add(0, name, (output[0] if isinstance(output, tuple) else output).detach().numpy())
+
+        return hook
+
+    for name, module in theirs.named_modules():
+        if canonical(name) is not None:
+            module.register_forward_hook(keep(name))
+    with torch.no_grad():
+        theirs(torch.tensor([tokens]))
+    reference, truth = (
+        run_trace(npllama.load(folder, backend=backend), tokens, prefill=PREFILL) for backend in ("numpy", "float64")
+    )
+    report = compare(trace, reference, truth)
+    assert report.verdict == "match", report.reason
+    assert {row.name for row in report.rows} >= seen
+    assert not report.extra

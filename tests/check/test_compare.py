@@ -67,7 +67,7 @@ def test_taps_that_the_candidate_lacks_are_listed_and_the_rest_is_compared(fast:
 
 def test_rows_come_in_the_order_of_the_forward_pass_step_by_step(reference: Any, truth: Any) -> None:
     rows = compare(reference, truth).rows
-    names = tap_names(CONFIG.n_layers)
+    names = tap_names(CONFIG)
     assert [(row.step, row.name) for row in rows] == [(step, name) for step in range(1 + DECODE) for name in names]
 
 
@@ -274,7 +274,7 @@ def test_a_lucky_row_of_the_reference_does_not_cry_wolf(truth: Any, fast: Any) -
 
 def test_local_errors_tell_the_guilty_operation_from_those_that_inherit(reference: Any, truth: Any) -> None:
     model = loud_model(CONFIG)
-    model._ops = SimpleNamespace(**{**vars(ops), "swiglu": lambda gate, up: gate * up})
+    model._ops = SimpleNamespace(**{**vars(ops), "glu": lambda gate, up, activation: gate * up})
     report = compare(run_trace(model, TOKENS, prefill=PREFILL), reference, truth, local=shadow_run(model, reference))
     assert (report.first_divergence, report.step) == ("layers.0.ffn_act", 0)
     assert "by its own doing" in report.reason

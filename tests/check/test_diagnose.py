@@ -62,7 +62,7 @@ def with_taps(trace: TraceLike, keep: Callable[[str], bool], **header: Any) -> M
 
 def test_every_entry_says_what_it_is_how_it_shows_and_how_to_mend_it() -> None:
     names = [mistake.name for mistake in DICTIONARY]
-    assert len(names) == len(set(names)) >= 22
+    assert len(names) == len(set(names)) >= 60
     for mistake in DICTIONARY:
         for sentence in (mistake.what, mistake.shows, mistake.fix):
             assert sentence.endswith(".")
@@ -90,6 +90,20 @@ def test_what_is_no_mistake_in_a_model_is_not_planted() -> None:
         ("wrong-layer-order", "sorted by name"),
         ("weight-transposed", "wk"),
     }
+    others = {name for name, _ in absent} - {mistake.name for mistake, way in WAYS if way.plant(prompt) is not None}
+    assert others >= {
+        "bias-missing",
+        "bias-row-order",
+        "experts-active",
+        "learned-positions-missing",
+        "longrope-switch",
+        "norm-keeps-mean",
+        "qk-norm-missing",
+        "qk-norm-after-rope",
+        "router-in-low-precision",
+        "shared-expert-missing",
+        "window-missing",
+    }
     assert not absent & {("rope-theta", "500000"), ("norm-eps", "1e-05"), ("bos-missing", ""), ("mask-missing", "")}
 
 
@@ -113,16 +127,16 @@ def test_a_clean_run_that_rounds_to_bfloat16_is_not_diagnosed(backend: str) -> N
         assert diagnosed(record(engine, CONFIG, "bfloat16", seed), "bfloat16", seed).name is None
 
 
-def clipped_gate(gate: Array, up: Array) -> Array:
-    return ops.swiglu(np.clip(gate, -1, 1), up)
+def clipped_gate(gate: Array, up: Array, activation: str) -> Array:
+    return ops.glu(np.clip(gate, -1, 1), up, activation)
 
 
-def distance_bias(q: Array, keys: Array, values: Array, tap: Tap) -> Array:
+def distance_bias(q: Array, keys: Array, values: Array, tap: Tap, **how: Any) -> Array:
     def biased(name: str, x: Array) -> Array:
         distance = np.arange(x.shape[2]) - np.arange(x.shape[2] - x.shape[1], x.shape[2])[:, None]
         return tap(name, x + np.float32(0.1) * distance.astype(x.dtype) if name == "scores" else x)
 
-    return ops.attention(q, keys, values, biased)
+    return ops.attention(q, keys, values, biased, **how)
 
 
 def inflated_norm(x: Array, weight: Tensor, eps: float) -> Array:
@@ -133,7 +147,7 @@ def inflated_norm(x: Array, weight: Tensor, eps: float) -> Array:
 @pytest.mark.parametrize(
     ("name", "function", "first"),
     [
-        ("swiglu", clipped_gate, "layers.0.ffn_act"),
+        ("glu", clipped_gate, "layers.0.ffn_act"),
         ("attention", distance_bias, "layers.0.scores"),
         ("rms_norm", inflated_norm, "layers.0.attention_norm"),
     ],
@@ -327,7 +341,7 @@ def test_mistakes_in_an_engine_with_trained_weights_are_named(smollm2_gguf: Path
     folder = npllama.convert(smollm2_gguf, tmp_path / "store", layers=2)
     store, model = Store.open(folder), npllama.load(folder, backend="float64")
     tensors = {name: store.tensor(name).numbers() for name in store.entries if not name.startswith("rope")}
-    right = Build(store.config, tensors, "fast", "bfloat16", freqs=store.rope_freqs())
+    right = Build(store.config, tensors, "fast", "bfloat16", freqs=store.frequencies()[0])
     assert diagnose(model, record(right.model(), store.config)).sentence.startswith("Every operation")
     for mistake in [("kv-heads-tiled", ""), ("cache-hole", SKIPPED)]:
         found = diagnose(model, record(PLANTED[mistake](right).model(), store.config))
@@ -380,7 +394,9 @@ def logits_of(run: Rerun) -> list[Array]:
 
 
 def test_the_usual_fixture_is_blind_to_mistakes_that_a_loud_one_shows() -> None:
-    everything = {mistake.name for mistake in DICTIONARY}
+    llamas = [right_run(model, "float32") for model in CONFIGS[:3]]
+    everything = {mistake.name for mistake, way in WAYS if any(way.plant(run) is not None for run in llamas)}
+    assert len(everything) >= 34
     scaling = RopeScaling("llama3", 8.0)
     config = loud_config(dim=32, n_heads=8, n_kv_heads=8, head_dim=4, hidden_dim=86, rope_scaling=scaling)
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import pytest
 
 from npllama.check.run import run_trace, shadow_run
 from npllama.check.trace import MemoryTrace, Trace, TraceWriter
+from npllama.check.trace_format import TapEntry, in_forward_order
 from npllama.errors import (
     DestinationExistsError,
     FileAccessError,
@@ -21,6 +22,7 @@ from npllama.errors import (
     VersionError,
 )
 from npllama.taps import tap_names
+from tests.check.family_models import MODELS
 from tests.fixtures.engine import loud_model
 from tests.fixtures.loud import loud_config, loud_tokens
 
@@ -48,7 +50,7 @@ def same(a: Any, b: Any) -> bool:
 
 def test_a_trace_holds_every_tap_of_every_step_in_the_order_of_the_forward_pass() -> None:
     trace = run_trace(loud_model(CONFIG), TOKENS, prefill=9)
-    names = tap_names(CONFIG.n_layers)
+    names = tap_names(CONFIG)
     assert [(entry.step, entry.name) for entry in trace.taps] == [(step, name) for step in range(4) for name in names]
     assert (trace.tokens, trace.prefill, trace.steps, trace.dtype) == (TOKENS, 9, 3, "float32")
     assert trace.read("layers.1.scores", 2).shape == (CONFIG.n_heads, 1, 11)
@@ -323,7 +325,7 @@ def test_a_shadow_run_blames_the_wrong_operation_alone() -> None:
 
     reference = run_trace(loud_model(CONFIG, backend="float64"), TOKENS, prefill=9)
     model = loud_model(CONFIG)
-    model._ops = SimpleNamespace(**{**vars(ops), "swiglu": lambda gate, up: gate * up})
+    model._ops = SimpleNamespace(**{**vars(ops), "glu": lambda gate, up, activation: gate * up})
     wrong = {key for key, error in shadow_run(model, reference).items() if error > 1e-6}
     assert wrong == {(f"layers.{i}.ffn_act", step) for i in range(2) for step in range(4)}
 
@@ -333,3 +335,11 @@ def test_a_reference_of_another_shape_cannot_be_shadowed() -> None:
     reference.add(0, "layers.0.q", np.zeros((12, 64), np.float32))
     with pytest.raises(TraceError, match=r"layers\.0\.q of step 0 has shape \(12, 64\) in the reference"):
         shadow_run(loud_model(CONFIG), reference)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_tensors_of_every_family_come_in_the_order_of_its_forward_pass(model: str) -> None:
+    names = tap_names(MODELS[model])
+    taps = [TapEntry(name, step, (1,), "float32") for step in (1, 0) for name in sorted(names)]
+    found = [(tap.step, tap.name) for tap in in_forward_order(taps)]
+    assert found == [(step, name) for step in (0, 1) for name in names]

@@ -16,8 +16,9 @@ from npllama import ops
 from npllama.cache import KVCache
 from npllama.config import ModelConfig
 from npllama.dtypes import Array, Tensor, narrow
-from npllama.model import Model, gather_weights
+from npllama.model import Model
 from npllama.taps import Recorder, Tap
+from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST
 from tests.fixtures.loud import loud_tensors
 
@@ -33,6 +34,8 @@ class Build:
     #: Replaced operations.
     ops: Mapping[str, Callable[..., Any]] | None = None
     freqs: Array | None = None
+    #: Those of texts beyond the original context.
+    freqs_long: Array | None = None
     #: ``block(*arguments of npllama.model.block)``, instead of the engine's.
     block: Callable[..., Array] | None = None
     #: Changes the tokens of the first forward call.
@@ -55,8 +58,10 @@ class Build:
     def model(self) -> WrongModel:
         stored = {name: Tensor(narrow(array, self.dtype), self.dtype) for name, array in self.tensors.items()}
         stored.setdefault("output.weight", stored["tok_embeddings.weight"])
-        freqs = frequencies(self.config) if self.freqs is None else self.freqs
-        weights = gather_weights(self.config, stored.__getitem__, freqs)
+        freqs, long = frequencies(self.config), frequencies(self.config, long=True)
+        freqs = freqs if self.freqs is None else self.freqs
+        long = long if self.freqs_long is None else self.freqs_long
+        weights = gather_weights(self.config, stored.get, freqs, long)
         namespace = SimpleNamespace(**{**vars(self.base), **(self.ops or {})})
         return WrongModel(self, Model(self.config, weights, namespace, backend=self.backend))
 
@@ -111,13 +116,21 @@ def build(config: ModelConfig, *, backend: str = "numpy", dtype: str = "float32"
     return Build(config, exact, backend, dtype)
 
 
-def frequencies(config: ModelConfig) -> Array:
-    """Radians per position for each pair, one by one as Meta's code goes through them, in float64, rounded once."""
+def frequencies(config: ModelConfig, *, long: bool = False) -> Array | None:
+    """Radians per position for each pair, one by one as Meta's code goes through them, in float64, rounded once.
+
+    None without RoPE, and where there are none for long texts.
+    """
     found = []
     scaling = config.rope_scaling
+    two_sets = scaling is not None and scaling.kind == "longrope"
+    if config.positions != "rope" or (long and not two_sets):
+        return None
     for j in range(0, config.head_dim, 2):
         freq = config.rope_theta ** (-(j / 2) / (config.head_dim / 2))
-        if scaling is not None:
+        if scaling is not None and two_sets:
+            freq /= float(np.float32((scaling.long_factors if long else scaling.short_factors)[j // 2]))
+        elif scaling is not None:
             wavelength = 2 * math.pi / freq
             low, high = scaling.low_freq_factor, scaling.high_freq_factor
             if wavelength > scaling.original_max_seq_len / low:

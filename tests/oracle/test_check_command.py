@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from npllama import ops
+from npllama.check.diagnose import Diagnosis
 from npllama.kernels import UNMATERIALISED
+from npllama.model import Model
 from npllama.taps import tap_names
 from oracle.__main__ import main
 from tests.fixtures.loud import loud_config, loud_tokens
-from tests.oracle.sources import loud_store
+from tests.oracle.sources import FAMILIES, OPTIONS, loud_store, prefill_of
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("torch")
@@ -49,7 +51,7 @@ def test_a_sound_engine_matches_at_every_tap_of_every_step(
     assert [(tap["name"], tap["step"]) for tap in report["taps"]] == [
         (name, step)
         for step in range(DECODED + 1)
-        for name in tap_names(CONFIG.n_layers)
+        for name in tap_names(CONFIG)
         if name.rpartition(".")[2] not in fused
     ]
     assert {tap["verdict"] for tap in report["taps"]} == {"match"}
@@ -66,7 +68,8 @@ def test_the_taps_that_may_be_missing_are_those_that_the_kernels_declare() -> No
 def test_a_mistake_in_the_textbook_is_seen_though_the_engine_s_own_truth_shares_it(
     stores: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "silu", lambda x: x / (1 + np.exp(-1.0001 * x)))
+    glu = ops.glu
+    monkeypatch.setattr(ops, "glu", lambda gate, up, activation: glu(gate, up, activation) * 1.00001)
     code, report = run(capsys, stores["f32"], "--tokens", TOKENS, "--backend", "numpy")
     assert (code, report["verdict"]) == (1, "differs")
     assert (report["first_divergence"], report["step"]) == ("layers.0.ffn_act", 0)
@@ -96,7 +99,7 @@ def test_a_mistake_that_decoding_alone_makes_is_seen_at_its_step(
     stores: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = ops.rope_tables
-    monkeypatch.setattr(ops, "rope_tables", lambda freqs, start, count: tables(freqs, max(0, start - 1), count))
+    monkeypatch.setattr(ops, "rope_tables", lambda freqs, start, *rest: tables(freqs, max(0, start - 1), *rest))
     code, report = run(capsys, stores["f32"], "--tokens", TOKENS, "--backend", "numpy")
     assert (code, report["first_divergence"], report["step"]) == (1, "layers.0.q_rope", 1)
 
@@ -108,7 +111,9 @@ def test_a_tap_that_the_engine_no_longer_shows_is_a_difference(
     monkeypatch.setattr(
         ops,
         "attention",
-        lambda q, keys, values, tap: attention(q, keys, values, lambda name, x: x if name == "probs" else tap(name, x)),
+        lambda q, keys, values, tap, **settings: attention(
+            q, keys, values, lambda name, x: x if name == "probs" else tap(name, x), **settings
+        ),
     )
     code, report = run(capsys, stores["f32"], "--tokens", TOKENS, "--backend", "numpy")
     assert (code, report["verdict"], report["first_divergence"]) == (1, "differs", "layers.0.probs")
@@ -137,7 +142,7 @@ def test_the_report_is_also_a_page_and_a_junit_file(
     assert files[0].read_text(encoding="utf-8").startswith("<!doctype html>")
     suite = ElementTree.parse(files[1]).getroot()
     assert (suite.attrib["failures"], suite.attrib["errors"]) == ("0", "0")
-    assert len(suite) > len(tap_names(CONFIG.n_layers)) - 5
+    assert len(suite) > len(tap_names(CONFIG)) - 5
 
 
 def test_without_json_a_table_and_the_verdict_are_printed(
@@ -167,6 +172,126 @@ def test_what_cannot_be_checked_ends_with_a_message_and_its_exit_code(
     found, text = run(capsys, stores["f32"], *options, "--backend", "numpy", decode=0)
     assert (found, message in str(text)) == (code, True)
     assert "Traceback" not in str(text)
+
+
+# --- every family ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family_stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    models = {**FAMILIES, **OPTIONS}
+    return {name: loud_store(tmp_path_factory.mktemp("family"), config) for name, config in models.items()}
+
+
+def tokens_of(name: str) -> str:
+    config = {**FAMILIES, **OPTIONS}[name]
+    return ",".join(map(str, loud_tokens(config, prefill_of(config))))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "fast"])
+@pytest.mark.parametrize("name", [*FAMILIES, *OPTIONS])
+def test_a_sound_engine_matches_in_every_family(
+    family_stores: dict[str, Path], capsys: pytest.CaptureFixture[str], name: str, backend: str
+) -> None:
+    config = {**FAMILIES, **OPTIONS}[name]
+    code, report = run(capsys, family_stores[name], "--tokens", tokens_of(name), "--backend", backend, decode=3)
+    assert (code, report["verdict"], report["first_divergence"]) == (0, "match", None)
+    fused = UNMATERIALISED if backend == "fast" else set()
+    compared = {tap["name"] for tap in report["taps"] if tap["step"] == 3}
+    assert compared == {tap for tap in tap_names(config) if tap.rpartition(".")[2] not in fused}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_a_quantised_model_is_checked_as_the_numbers_that_it_stands_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, dtype: str
+) -> None:
+    store = loud_store(tmp_path, FAMILIES[name], dtype)
+    code, report = run(capsys, store, "--tokens", tokens_of(name), "--backend", "numpy")
+    assert (code, report["verdict"]) == (0, "match")
+    assert all(tap["local_db"] is None or tap["local_db"] < -120 for tap in report["taps"])
+
+
+def wider_window(operation: Any) -> Any:
+    return lambda *arguments, divisor, window: operation(*arguments, divisor=divisor, window=window and window + 1)
+
+
+def no_bias(operation: Any) -> Any:
+    return lambda x, weights, biases=(): operation(x, weights)
+
+
+def not_renormalised(operation: Any) -> Any:
+    return lambda probs, n_active, renormalise: operation(probs, n_active, False)
+
+
+def one_expert_for_another(operation: Any) -> Any:
+    return lambda x, chosen, stack, n_experts: operation(x, chosen[:, ::-1], stack, n_experts)
+
+
+def no_bias_behind_the_norm(operation: Any) -> Any:
+    return lambda x, weight, bias, eps: operation(x, weight, bias, eps) - bias.numbers()
+
+
+def exact_gelu(operation: Any) -> Any:
+    return lambda x, activation: operation(x, "gelu")
+
+
+def norm_over_all_heads(operation: Any) -> Any:
+    def norm(x: Any, weight: Any, eps: float) -> Any:
+        if weight.shape == (64,):
+            return operation(x, weight, eps)
+        return operation(x, weight, eps) * np.sqrt(np.square(x).mean(-1, keepdims=True) / np.square(x).mean())
+
+    return norm
+
+
+def unscaled_turns(operation: Any) -> Any:
+    return lambda freqs, start, count, scale=1.0: operation(freqs, start, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "mistake", "tap", "step"),
+    [
+        ("mistral with a window", "attention", wider_window, "layers.0.scores", 0),
+        ("qwen2 with a window in one layer", "attention", wider_window, "layers.1.scores", 0),
+        ("qwen2", "linears", no_bias, "layers.0.q", 0),
+        ("qwen3", "rms_norm", norm_over_all_heads, "layers.0.q_norm", 0),
+        ("phi3 with longrope", "rope_tables", unscaled_turns, "layers.0.q_rope", 0),
+        ("mixtral", "route", not_renormalised, "layers.0.router_weights", 0),
+        ("qwen3_moe", "expert_linear", one_expert_for_another, "layers.0.expert_gate", 0),
+        ("gpt2", "layer_norm", no_bias_behind_the_norm, "layers.0.attention_norm", 0),
+        ("openai-gpt", "activate", exact_gelu, "layers.0.ffn_act", 0),
+    ],
+)
+def test_a_mistake_that_only_a_family_can_make_is_seen_where_it_is_made(
+    family_stores: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    operation: str,
+    mistake: Any,
+    tap: str,
+    step: int,
+) -> None:
+    monkeypatch.setattr(ops, operation, mistake(getattr(ops, operation)))
+    monkeypatch.setattr("oracle.check.diagnose", lambda *arguments: Diagnosis("no match", None, None, "", None, "", ()))
+    code, report = run(capsys, family_stores[name], "--tokens", tokens_of(name), "--backend", "numpy", decode=1)
+    assert (code, report["verdict"]) == (1, "differs")
+    assert (report["first_divergence"], report["step"]) == (tap, step)
+    origins = {entry["name"]: entry["origin"] for entry in report["taps"] if entry["step"] == step}
+    assert origins[tap] != "inherited"
+
+
+def test_a_cache_that_stays_short_when_a_longrope_text_has_become_long_is_seen_at_that_step(
+    family_stores: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "phi3 with longrope"
+    monkeypatch.setattr(Model, "_recompute_if_outgrown", lambda *arguments: None)
+    monkeypatch.setattr("oracle.check.diagnose", lambda *arguments: Diagnosis("no match", None, None, "", None, "", ()))
+    arguments = ("--tokens", tokens_of(name), "--backend", "numpy")
+    assert run(capsys, family_stores[name], *arguments, decode=2)[0] == 0
+    code, report = run(capsys, family_stores[name], *arguments, decode=3)
+    assert (code, report["first_divergence"], report["step"]) == (1, "layers.0.scores", 3)
 
 
 @pytest.mark.real

@@ -18,15 +18,15 @@ _MEASURE = """
 import json, re, sys
 from pathlib import Path
 from npllama.checkpoint.store import Store
-from oracle.llama import TorchLlama
+from oracle.decoder import TorchDecoder
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
 
 small, large = map(Store.open, sys.argv[1:])
-TorchLlama(small).forward([1, 2, 3])  # what torch needs for itself
+TorchDecoder(small).forward([1, 2, 3])  # what torch needs for itself
 before = peak()
-TorchLlama(large).forward(list(range(16)))
+TorchDecoder(large).forward(list(range(16)))
 print(json.dumps(peak() - before))
 """
 

@@ -13,7 +13,7 @@ from npllama.check.trace import Trace
 from npllama.taps import tap_names
 from oracle.__main__ import main
 from tests.fixtures.loud import loud_config
-from tests.oracle.sources import loud_store
+from tests.oracle.sources import FAMILIES, loud_store
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("torch")
@@ -40,7 +40,7 @@ def test_tokens_and_greedy_steps_become_a_trace_of_every_tap(
     assert (trace.tokens[:4], trace.prefill, trace.steps) == ([1, 2, 3, 4], 4, 2)
     assert (trace.dtype, trace.producer, trace.model["rope_layout"]) == ("float32", "oracle", "interleaved")
     assert [(tap.name, tap.step) for tap in trace.taps] == [
-        (name, step) for step in range(3) for name in tap_names(CONFIG.n_layers)
+        (name, step) for step in range(3) for name in tap_names(CONFIG)
     ]
     logits = npllama.load(store, backend="numpy").forward(trace.tokens[:5])
     assert trace.tokens[4:] == [int(logits[3].argmax()), int(logits[4].argmax())]
@@ -72,6 +72,15 @@ def test_a_third_opinion_writes_traces_too(store: Path, tmp_path: Path) -> None:
     theirs, ours = Trace.open(tmp_path / "theirs"), Trace.open(tmp_path / "ours")
     assert theirs.producer == "transformers"
     np.testing.assert_allclose(theirs.read("logits"), ours.read("logits"), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2_moe"])
+def test_a_trace_of_any_family_lists_its_taps_in_the_order_of_the_pass(tmp_path: Path, name: str) -> None:
+    store = loud_store(tmp_path, FAMILIES[name])
+    assert run("trace", store, "-o", tmp_path / "trace", "--tokens", "1,2,3", "--decode", 1) == 0
+    names = tap_names(FAMILIES[name])
+    found = [(tap.name, tap.step) for tap in Trace.open(tmp_path / "trace").taps]
+    assert found == [(name, step) for step in range(2) for name in names]
 
 
 @pytest.mark.real

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from npllama.check.mistakes.entry import Array, Mistake, Plant, Way, rounded, shown
-from npllama.check.rerun import Rerun, Seen, kind_of
+from npllama.check.mistakes.entry import Array, Mistake, Plant, Way, passed_on, rounded, shown
+from npllama.check.rerun import Rerun, Seen
 from npllama.config import ModelConfig
 from npllama.taps import Tap
 
@@ -18,27 +18,33 @@ def heads_tiled(run: Rerun) -> Rerun | None:
     """Let query head h read key/value head h mod K instead of h div R."""
     attention, group = run.ops.attention, run.config.n_heads // run.config.n_kv_heads
 
-    def tiled(q: Array, keys: Array, values: Array, tap: Tap) -> Array:
-        context: Array = attention(q, np.tile(keys, (1, group, 1)), np.tile(values, (1, group, 1)), tap)
+    def tiled(q: Array, keys: Array, values: Array, tap: Tap, **how: Any) -> Array:
+        context: Array = attention(q, np.tile(keys, (1, group, 1)), np.tile(values, (1, group, 1)), tap, **how)
         return context
 
     return None if run.config.n_kv_heads in (1, run.config.n_heads) else run.with_ops(attention=tiled)
 
 
 def masked(hidden: Callable[[Array, Array], Array]) -> Plant:
-    """Hide from the query at position t (T, 1) the keys at positions s (S,) where ``hidden(t, s)``."""
+    """Hide from the query at position t (T, 1) the keys at positions s (S,) where ``hidden(t, s)``.
+
+    Where the model has a window, what lies before it stays hidden.
+    """
 
     def plant(run: Rerun) -> Rerun:
-        def attention(q: Array, keys: Array, values: Array, tap: Tap) -> Array:
+        def attention(q: Array, keys: Array, values: Array, tap: Tap, **how: Any) -> Array:
             n_new, n_all = len(q), len(keys)
-            behind = hidden(np.arange(n_all - n_new, n_all)[:, None], np.arange(n_all))  # (T, S)
+            t, s = np.arange(n_all - n_new, n_all)[:, None], np.arange(n_all)
+            behind = hidden(t, s)  # (T, S)
+            if how["window"] is not None:
+                behind |= s <= t - how["window"]
 
             def remask(name: str, x: Array) -> Array:
                 if name == "scores":
-                    x = np.where(behind, x.dtype.type(-np.inf), unmasked_scores(q, keys))
+                    x = np.where(behind, x.dtype.type(-np.inf), unmasked_scores(q, keys, how["divisor"]))
                 return tap(name, x)
 
-            context: Array = run.ops.attention(q, keys, values, remask)
+            context: Array = run.ops.attention(q, keys, values, remask, **how)
             return context
 
         return run.with_ops(attention=attention)
@@ -46,20 +52,21 @@ def masked(hidden: Callable[[Array, Array], Array]) -> Plant:
     return plant
 
 
-def unmasked_scores(q: Array, keys: Array) -> Array:
-    """Return ``q · keysᵀ / sqrt(Dh)`` for all pairs of positions: q (T, H, Dh), keys (S, K, Dh) -> (H, T, S)."""
+def unmasked_scores(q: Array, keys: Array, divisor: float) -> Array:
+    """Return ``q · keysᵀ / divisor`` for all pairs of positions: q (T, H, Dh), keys (S, K, Dh) -> (H, T, S)."""
     n_new, n_heads, head_dim = q.shape
     grouped = q.reshape(n_new, keys.shape[1], -1, head_dim).transpose(1, 2, 0, 3)  # (K, R, T, Dh)
     products: Array = grouped @ keys.transpose(1, 2, 0)[:, None]  # (K, R, T, S)
-    return products.reshape(n_heads, n_new, -1) / math.sqrt(head_dim)
+    return products.reshape(n_heads, n_new, -1) / divisor
 
 
-def scores_times(factor: Callable[[ModelConfig], float]) -> Plant:
-    """Multiply the scores by a number that depends on the model; no mistake when it is one."""
+def divided_by_root(number: Callable[[ModelConfig], int]) -> Plant:
+    """Divide the scores by the square root of a number that depends on the model; no mistake when it is the model's."""
 
     def plant(run: Rerun) -> Rerun | None:
-        by = factor(run.config)
-        return None if by == 1 else shown(scores=lambda x, seen: x * by)(run)
+        own, other = run.config.score_dim or run.config.head_dim, number(run.config)
+        by = math.sqrt(own / other)
+        return None if own == other else shown(scores=lambda x, seen: x * by)(run)
 
     return plant
 
@@ -82,17 +89,9 @@ def split_wrongly(x: Array, seen: Seen) -> Array:
     return np.ascontiguousarray(x.reshape(n_new, head_dim, n_heads).swapaxes(1, 2))
 
 
-def merged_wrongly(run: Rerun) -> Rerun:
-    """Reshape the context from (H, T, Dh) without bringing T to the front."""
-
-    def around(inner: Tap, seen: Seen) -> Tap:
-        def tap(name: str, x: Array) -> Array:
-            x = inner(name, x)
-            return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(x.shape) if kind_of(name) == "context" else x
-
-        return tap
-
-    return replace(run, tap=around)
+def merged_wrongly(x: Array, seen: Seen) -> Array:
+    """Reshape the context (T, H, Dh) from (H, T, Dh) without bringing T to the front."""
+    return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(x.shape)
 
 
 SCORES = "layers.0.scores"
@@ -120,7 +119,7 @@ ENTRIES = (
         "The contexts of the heads are reshaped to rows without bringing T before H.",
         "The context is right, attention_out is not; a single decode step is perfect.",
         "Transpose (H, T, Dh) to (T, H, Dh) before the reshape.",
-        (Way("", "layers.0.attention_out", merged_wrongly),),
+        (Way("", "layers.0.attention_out", passed_on(context=merged_wrongly)),),
     ),
     Mistake(
         "mask-off-by-one",
@@ -138,23 +137,24 @@ ENTRIES = (
         "There is no causal mask: every token of the prompt sees all of it.",
         "The scores have no -inf; the last position is right in layer 0 and wrong from layer 1 on.",
         "Put -inf where a key lies behind its query, before the softmax.",
-        (Way("", SCORES, masked(lambda t, s: (s > t) & False)),),
+        (Way("", SCORES, masked(lambda t, s: np.zeros((len(t), len(s)), bool))),),
     ),
     Mistake(
         "scores-not-scaled",
-        "The scores are not divided by the square root of the head's width.",
-        "The scores are too large by sqrt(Dh); attention is almost one-hot.",
-        "Divide by sqrt(Dh), Dh being the width of one head.",
-        (Way("", SCORES, scores_times(lambda config: math.sqrt(config.head_dim))),),
+        "The scores are not divided by anything.",
+        "The scores are too large by a constant factor, mostly sqrt(Dh); attention is almost one-hot.",
+        "Divide by sqrt(Dh), Dh being the width of one head, where the checkpoint names no other number.",
+        (Way("", SCORES, divided_by_root(lambda config: 1)),),
     ),
     Mistake(
         "scores-scaled-wrongly",
-        "The scores are divided by something else than the square root of the head's width.",
-        "The scores are too small by a constant factor; attention is flat.",
-        "Divide by sqrt(Dh), once: Dh is the width of one head.",
+        "The scores are divided by something else than the model's own number.",
+        "The scores are wrong by a constant factor; attention is flat, or too sharp.",
+        "Divide by sqrt(Dh), once: Dh is the width of one head. A few models divide by sqrt(D), the whole width.",
         (
-            Way("by Dh", SCORES, scores_times(lambda config: 1 / math.sqrt(config.head_dim))),
-            Way("by sqrt(D)", SCORES, scores_times(lambda config: math.sqrt(config.head_dim / config.dim))),
+            Way("by Dh", SCORES, divided_by_root(lambda config: config.head_dim**2)),
+            Way("by sqrt(D)", SCORES, divided_by_root(lambda config: config.dim)),
+            Way("by sqrt(Dh)", SCORES, divided_by_root(lambda config: config.head_dim)),
         ),
     ),
     Mistake(

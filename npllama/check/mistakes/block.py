@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-
-from npllama.check.mistakes.entry import Array, Mistake, Plant, Way, shown
-from npllama.check.rerun import Rerun
-
-
-def gates_swapped(run: Rerun) -> Rerun:
-    """Exchange w1 and w3 in every layer."""
-    layers = tuple(replace(layer, w1=layer.w3, w3=layer.w1) for layer in run.weights.layers)
-    return replace(run, weights=replace(run.weights, layers=layers))
+from npllama import ops
+from npllama.check.mistakes.entry import Array, Mistake, Plant, Way, layers, shown
+from npllama.check.rerun import Rerun, Seen
+from npllama.weights import LayerWeights
 
 
-def gated(swiglu: Callable[[Array, Array], Array]) -> Plant:
-    """Compute something else of gate and up (T, F)."""
-    return lambda run: run.with_ops(swiglu=swiglu)
+def gated(plant: Plant) -> Plant:
+    """Make a mistake in models whose feed-forward layers or experts have gates; in no others."""
+    return lambda run: plant(run) if any(layer.w1 is not None for layer in run.weights.layers) else None
 
 
-def silu_of_up(run: Rerun) -> Rerun:
-    """Put up through SiLU, and not gate."""
-    swiglu = run.ops.swiglu
-    return run.with_ops(swiglu=lambda gate, up: swiglu(up, gate))
+def exchanged(w: LayerWeights) -> LayerWeights:
+    """Exchange w1 and w3, of a shared expert as well."""
+    if w.w1 is None:
+        return w
+    changed = replace(w, w1=w.w3, w3=w.w1, w1_bias=w.w3_bias, w3_bias=w.w1_bias)
+    return replace(changed, shared_w1=w.shared_w3, shared_w3=w.shared_w1)
 
 
-def gelu_tanh(x: Array) -> Array:
-    """Approximate GELU (Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415), any shape."""
-    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return y
+def activation_of_up(run: Rerun) -> Rerun:
+    """Put up through the activation, and not gate."""
+    glu = run.ops.glu
+    return run.with_ops(glu=lambda gate, up, activation: glu(up, gate, activation))
 
 
-def gelu_erf(x: Array) -> Array:
-    """Exact GELU, x times the normal distribution's integral up to x, any shape."""
-    erf = np.vectorize(math.erf, otypes=[x.dtype])
-    y: Array = 0.5 * x * (1 + erf(x / math.sqrt(2)))
-    return y
+def without_stream(x: Array, seen: Seen) -> Array:
+    """Take from a sum the stream that was added: what a block gave, with its norm where that stands at its output."""
+    return x - seen["stream"]
+
+
+def with_stream(x: Array, seen: Seen) -> Array:
+    """Add the stream to a sum once more."""
+    return x + seen["stream"]
+
+
+def activation(name: str, function: Callable[[Array], Array]) -> Plant:
+    """Use another activation than the model's; no mistake where it has that name."""
+
+    def plant(run: Rerun) -> Rerun | None:
+        changed = run.with_ops(
+            glu=lambda gate, up, _: function(gate) * up,
+            activate=lambda x, _: function(x),
+        )
+        return None if run.config.activation == name else changed
+
+    return plant
 
 
 ATTENTION, FEED_FORWARD = "layers.0.resid_mid", "layers.0.resid_post"
@@ -50,25 +61,29 @@ ENTRIES = (
         "The matrices of gate and up are exchanged.",
         "gate holds what up should, and the other way round.",
         "w1 is gate_proj, w3 is up_proj, w2 is down_proj.",
-        (Way("", "layers.0.gate", gates_swapped),),
+        (Way("", "layers.0.gate", gated(layers(exchanged))),),
     ),
     Mistake(
         "silu-of-up",
-        "SiLU is applied to up instead of gate.",
+        "SiLU, or what the model has for it, is applied to up instead of gate.",
         "gate and up are right, ffn_act is not.",
         "ffn_act is silu(gate) * up.",
-        (Way("", "layers.0.ffn_act", silu_of_up),),
+        (Way("", "layers.0.ffn_act", gated(activation_of_up)),),
     ),
     Mistake(
         "wrong-activation",
-        "The gate goes through another function than SiLU.",
-        "gate and up are right, ffn_act is not, most where gate is between -4 and 0.",
-        "silu(x) = x / (1 + exp(-x)).",
-        (
-            Way("GELU, by tanh", "layers.0.ffn_act", gated(lambda gate, up: gelu_tanh(gate) * up)),
-            Way("GELU, exact", "layers.0.ffn_act", gated(lambda gate, up: gelu_erf(gate) * up)),
-            Way("ReLU", "layers.0.ffn_act", gated(lambda gate, up: np.maximum(gate, 0) * up)),
-            Way("none", "layers.0.ffn_act", gated(lambda gate, up: gate * up)),
+        "The feed-forward layer has another activation than the model's.",
+        "gate and up are right, ffn_act is not, most where what goes in is between -4 and 0.",
+        "Llama's is silu(x) = x / (1 + exp(-x)). The GELU of GPT is by tanh, also where a config.json calls it gelu.",
+        tuple(
+            Way(label, "layers.0.ffn_act", activation(name, function))
+            for label, name, function in (
+                ("SiLU", "silu", ops.silu),
+                ("GELU, by tanh", "gelu_tanh", ops.gelu_tanh),
+                ("GELU, exact", "gelu", ops.gelu),
+                ("ReLU", "relu", ops.relu),
+                ("none", "", lambda x: x),
+            )
         ),
     ),
     Mistake(
@@ -77,12 +92,12 @@ ENTRIES = (
         "resid_mid equals attention_out, or resid_post equals ffn_out.",
         "Add each block's output to the stream that entered it.",
         (
-            Way("attention", ATTENTION, shown(resid_mid=lambda x, seen: seen["attention_out"])),
-            Way("feed-forward", FEED_FORWARD, shown(resid_post=lambda x, seen: seen["ffn_out"])),
+            Way("attention", ATTENTION, shown(resid_mid=without_stream)),
+            Way("feed-forward", FEED_FORWARD, shown(resid_post=without_stream)),
             Way(
                 "both",
                 ATTENTION,
-                shown(resid_mid=lambda x, seen: seen["attention_out"], resid_post=lambda x, seen: seen["ffn_out"]),
+                shown(resid_mid=without_stream, resid_post=without_stream),
             ),
         ),
     ),
@@ -92,12 +107,12 @@ ENTRIES = (
         "resid_mid or resid_post is too large by the stream that entered the block.",
         "Add the stream once: not in the block and again outside it.",
         (
-            Way("attention", ATTENTION, shown(resid_mid=lambda x, seen: x + seen["stream"])),
-            Way("feed-forward", FEED_FORWARD, shown(resid_post=lambda x, seen: x + seen["stream"])),
+            Way("attention", ATTENTION, shown(resid_mid=with_stream)),
+            Way("feed-forward", FEED_FORWARD, shown(resid_post=with_stream)),
             Way(
                 "both",
                 ATTENTION,
-                shown(resid_mid=lambda x, seen: x + seen["stream"], resid_post=lambda x, seen: x + seen["stream"]),
+                shown(resid_mid=with_stream, resid_post=with_stream),
             ),
         ),
     ),

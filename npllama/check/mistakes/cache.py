@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from npllama.check.mistakes.entry import Altered, Array, Mistake, Way, decodes
+from npllama.check.mistakes.entry import Altered, Array, Mistake, Way, decodes, where
+from npllama.check.mistakes.rope import unturned
 from npllama.check.rerun import Rerun, Seen
 
 
@@ -16,7 +17,7 @@ def raw_keys_cached(run: Rerun) -> Rerun | None:
 
     def altered(cache: Any, seen: Seen) -> Any:
         def append(layer: int, k: Array, v: Array) -> Any:
-            keys, values = cache.append(layer, seen["k"], v)
+            keys, values = cache.append(layer, unturned(seen, "k"), v)
             return np.concatenate([keys[: -len(k)], k]), values
 
         return Altered(cache, append=append)
@@ -54,7 +55,7 @@ ENTRIES = (
         "The cache keeps keys as they are before RoPE.",
         "The prefill is perfect; at the first decode step q_rope and k_rope are right and the scores differ.",
         "Write the turned keys into the cache.",
-        (Way("", "layers.0.scores", raw_keys_cached, step=1),),
+        (Way("", "layers.0.scores", where("rope", raw_keys_cached), step=1),),
     ),
     Mistake(
         "cache-hole",
@@ -62,7 +63,8 @@ ENTRIES = (
         "The prefill is perfect; at decode some query attends to a key of zeros, and takes a value of zeros.",
         "Write decode step n at the number of positions cached so far, before attention reads.",
         (
-            Way("slot behind the prompt skipped", "layers.0.q_rope", slot_skipped, step=1),
+            Way("slot behind the prompt skipped", "layers.0.q_rope", where("rope", slot_skipped), step=1),
+            Way("row of the positions skipped, too", "pos_embeddings", where("learned", slot_skipped), step=1),
             Way("newest slot read before it is written", "layers.0.scores", newest_slot_empty, step=1),
         ),
     ),

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.check.rerun import Rerun, Seen, kind_of
+from npllama.config import ModelConfig
 from npllama.dtypes import narrow, widen
 from npllama.taps import Tap
+from npllama.weights import LayerWeights
 
 Array: TypeAlias = NDArray[Any]
 #: Takes a clean run and returns it with a mistake; None where it would be no mistake: a theta that the model has.
@@ -29,7 +31,7 @@ class Way:
     label : str
         What tells it from the other ways; empty when there is only one.
     first : str
-        Tap at which it shows first.
+        Tap at which it shows first; it shows at none before that in any family.
     plant : callable
         Makes it in a run.
     step : int
@@ -81,6 +83,61 @@ def shown(**changes: Change) -> Plant:
         return replace(run, tap=around)
 
     return plant
+
+
+def passed_on(**changes: Change) -> Plant:
+    """Let the pass go on with something else than the tensors that it shows; keys are kinds of taps."""
+
+    def plant(run: Rerun) -> Rerun:
+        def around(inner: Tap, seen: Seen) -> Tap:
+            def tap(name: str, x: Array) -> Array:
+                x = inner(name, x)
+                change = changes.get(kind_of(name))
+                return x if change is None else change(x, seen).astype(x.dtype, copy=False)
+
+            return tap
+
+        return replace(run, tap=around)
+
+    return plant
+
+
+def with_layers(run: Rerun, change: Callable[[LayerWeights], LayerWeights]) -> Rerun:
+    """Return a run with other weights in every layer."""
+    return replace(run, weights=replace(run.weights, layers=tuple(change(layer) for layer in run.weights.layers)))
+
+
+def layers(change: Callable[[LayerWeights], LayerWeights]) -> Plant:
+    """Change the weights of every layer."""
+    return lambda run: with_layers(run, change)
+
+
+def with_config(change: Callable[[ModelConfig], ModelConfig | None]) -> Plant:
+    """Run the weights under another configuration; no mistake where that is None, or the model's own."""
+
+    def plant(run: Rerun) -> Rerun | None:
+        config = change(run.config)
+        return None if config in (None, run.config) else replace(run, config=config)
+
+    return plant
+
+
+def where(words: str, plant: Plant) -> Plant:
+    """Make a mistake in models with a layer of which all these words of `ModelConfig.features` are true; in no others.
+
+    Parameters
+    ----------
+    words : str
+        With spaces between them.
+    plant : callable
+    """
+    needed = frozenset(words.split())
+
+    def planted(run: Rerun) -> Rerun | None:
+        there = any(needed <= run.config.features(i) for i in range(run.config.n_layers))
+        return plant(run) if there else None
+
+    return planted
 
 
 class Altered:

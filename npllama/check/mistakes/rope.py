@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from npllama.check.mistakes.entry import Altered, Array, Mistake, Plant, Way, decodes, shown
+from npllama.check.mistakes.entry import Altered, Array, Mistake, Plant, Way, decodes, shown, where, with_layers
 from npllama.check.rerun import Rerun, Seen
-from npllama.checkpoint.rope import inverse_frequencies
+from npllama.checkpoint.rope import frequencies, inverse_frequencies
 from npllama.config import ModelConfig, RopeScaling
+from npllama.dtypes import Tensor
+from npllama.model import rope_at
+from npllama.weights import LayerWeights
 
 
 def frequencies_of(change: Callable[[ModelConfig], ModelConfig | None]) -> Plant:
@@ -21,15 +24,14 @@ def frequencies_of(change: Callable[[ModelConfig], ModelConfig | None]) -> Plant
         config = change(run.config)
         if config is None or config == run.config:
             return None
-        own = run.config.rope_scaling
-        divisors = None
-        if own is not None and own.kind == "factors":
+        own, divisors = run.config.rope_scaling, None
+        if own is not None and own.kind == "factors" and run.weights.rope_freqs is not None:
             # They came as a tensor of the checkpoint, and are found again in the frequencies they were applied to.
             divisors = inverse_frequencies(replace(run.config, rope_scaling=None)) / run.weights.rope_freqs
-        freqs = inverse_frequencies(config, divisors)
-        return replace(run, weights=replace(run.weights, rope_freqs=freqs))
+        freqs, long = frequencies(config, divisors)
+        return replace(run, weights=replace(run.weights, rope_freqs=freqs, rope_freqs_long=long))
 
-    return plant
+    return where("rope", plant)
 
 
 def theta(value: float) -> Plant:
@@ -57,21 +59,42 @@ def to_halves(x: Array) -> Array:
     return np.ascontiguousarray(x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2)).reshape(x.shape)
 
 
-def on_halves(run: Rerun) -> Rerun:
-    """Turn number j with number j + Dh/2, although the rows are in pairs."""
-    rope = run.ops.apply_rope
-    return run.with_ops(apply_rope=lambda x, cos, sin: to_halves(rope(to_pairs(x), cos, sin)))
+def turned(turn: Callable[[Callable[..., Array], Array, Array, Array], Array]) -> Plant:
+    """Turn in another way: ``turn(rope, x, cos, sin)``, where ``rope`` is how it should be done."""
+    return where(
+        "rope",
+        lambda run: run.with_ops(apply_rope=lambda x, cos, sin: turn(run.ops.apply_rope, x, cos, sin)),
+    )
 
 
-def backwards(run: Rerun) -> Rerun:
-    """Turn by the negative angle."""
-    rope = run.ops.apply_rope
-    return run.with_ops(apply_rope=lambda x, cos, sin: rope(x, cos, -sin))
+def unturned(seen: Seen, name: str) -> Array:
+    """Return queries ("q") or keys ("k") as they are before RoPE: behind their norm, where they have one."""
+    return seen[f"{name}_norm" if f"{name}_norm" in seen else name]
+
+
+def not_turned(*names: str) -> Plant:
+    """Leave queries ("q"), keys ("k") or both as they are."""
+    change = {f"{name}_rope": lambda x, seen, name=name: unturned(seen, name) for name in names}
+    return where("rope", shown(**change))
 
 
 def rows_in(order: Callable[[Array], Array]) -> Plant:
-    """Take the rows of wq and wk for ones in another order within each head."""
-    return shown(q=lambda x, seen: order(x), k=lambda x, seen: order(x))
+    """Take the rows of wq and wk for ones in another order within each head, with their biases and their norms."""
+
+    def plant(run: Rerun) -> Rerun | None:
+        head_dim = run.config.head_dim
+
+        def reordered(weight: Tensor | None) -> Tensor | None:
+            if weight is None:
+                return None
+            return Tensor(order(weight.numbers().reshape(-1, head_dim)).reshape(-1), "float32")
+
+        def change(w: LayerWeights) -> LayerWeights:
+            return replace(w, q_norm=reordered(w.q_norm), k_norm=reordered(w.k_norm))
+
+        return shown(q=lambda x, seen: order(x), k=lambda x, seen: order(x))(with_layers(run, change))
+
+    return where("rope", plant)
 
 
 def positions(place: Callable[[int], int], *, decoding: bool = False) -> Plant:
@@ -79,10 +102,10 @@ def positions(place: Callable[[int], int], *, decoding: bool = False) -> Plant:
 
     def plant(run: Rerun) -> Rerun | None:
         tables = run.ops.rope_tables
-        changed = run.with_ops(rope_tables=lambda freqs, start, count: tables(freqs, place(start), count))
+        changed = run.with_ops(rope_tables=lambda freqs, start, *rest: tables(freqs, place(start), *rest))
         return None if decoding and not decodes(run) else changed
 
-    return plant
+    return where("rope", plant)
 
 
 def values_turned(run: Rerun) -> Rerun:
@@ -90,8 +113,9 @@ def values_turned(run: Rerun) -> Rerun:
 
     def altered(cache: Any, seen: Seen) -> Any:
         def append(layer: int, k: Array, v: Array) -> Any:
-            tables = run.ops.rope_tables(run.weights.rope_freqs, cache.length, len(v))
-            return cache.append(layer, k, run.ops.apply_rope(v, *tables))
+            end = cache.length + len(v)
+            tables = rope_at(run.weights, run.config, run.ops, cache.length, len(v), max(cache.horizon, end))
+            return cache.append(layer, k, v if tables is None else run.ops.apply_rope(v, *tables))
 
         return Altered(cache, append=append)
 
@@ -127,11 +151,11 @@ ENTRIES = (
         "RoPE turns number j with number j + Dh/2, but the rows are in interleaved pairs.",
         "q_rope and k_rope differ everywhere but at position 0; the text is fluent for some words, then rubbish.",
         "Turn neighbours, (x[2j], x[2j+1]), or bring the rows of wq and wk into halves first.",
-        (Way("", Q_ROPE, on_halves),),
+        (Way("", Q_ROPE, turned(lambda rope, x, cos, sin: to_halves(rope(to_pairs(x), cos, sin)))),),
     ),
     Mistake(
         "rope-row-order",
-        "The rows of wq and wk are in another order than RoPE expects.",
+        "The rows of wq and wk, with what belongs to them, are in another order than RoPE expects.",
         "q and k differ already, as permutations within each head, at every position.",
         "Hugging Face's rows are in halves, Meta's in pairs: permute once, and K by its own number of heads.",
         (
@@ -144,7 +168,7 @@ ENTRIES = (
         "RoPE turns by the negative angle.",
         "q_rope and k_rope differ from position 1 on, at exactly the right length.",
         "A pair is (a cos - b sin, a sin + b cos): look for a swapped sign or swapped halves.",
-        (Way("", Q_ROPE, backwards),),
+        (Way("", Q_ROPE, turned(lambda rope, x, cos, sin: rope(x, cos, -sin))),),
     ),
     Mistake(
         "rope-missing",
@@ -152,9 +176,9 @@ ENTRIES = (
         "q_rope equals q, or k_rope equals k; word order hardly matters to the model.",
         "Apply RoPE to queries and keys, before keys go into the cache.",
         (
-            Way("queries and keys", Q_ROPE, shown(q_rope=lambda x, seen: seen["q"], k_rope=lambda x, seen: seen["k"])),
-            Way("queries", Q_ROPE, shown(q_rope=lambda x, seen: seen["q"])),
-            Way("keys", K_ROPE, shown(k_rope=lambda x, seen: seen["k"])),
+            Way("queries and keys", Q_ROPE, not_turned("q", "k")),
+            Way("queries", Q_ROPE, not_turned("q")),
+            Way("keys", K_ROPE, not_turned("k")),
         ),
     ),
     Mistake(
@@ -162,7 +186,7 @@ ENTRIES = (
         "RoPE is applied to the values as well.",
         "Probabilities are right, but the context differs from position 1 on.",
         "Turn queries and keys only.",
-        (Way("", "layers.0.context", values_turned),),
+        (Way("", "layers.0.context", where("rope", values_turned)),),
     ),
     Mistake(
         "positions-off-by-one",

@@ -5,22 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 
-from npllama.check.mistakes.entry import Array, Mistake, Plant, Way, rounded, shown
+from npllama.check.mistakes.entry import Altered, Array, Mistake, Plant, Way, layers, rounded, shown
 from npllama.check.rerun import Rerun
 from npllama.dtypes import Tensor
-from npllama.model import LayerWeights
+from npllama.weights import LayerWeights
 
 _BLOCK_ROWS = 1 << 13
-
-
-def layers(change: Callable[[LayerWeights], LayerWeights]) -> Plant:
-    """Change the weights of every layer."""
-    return lambda run: replace(
-        run, weights=replace(run.weights, layers=tuple(change(layer) for layer in run.weights.layers))
-    )
 
 
 def layer_order(order: Callable[[int], Sequence[int]]) -> Plant:
@@ -59,20 +53,36 @@ def narrowed(dtype: str) -> Plant:
         def part(weight: Tensor, rows: slice) -> Tensor:
             return Tensor(rounded(weight.numbers(rows), dtype), "float32")
 
-        def linear(x: Array, weight: Tensor) -> Array:
+        def whole(weight: Tensor) -> Tensor:
+            return part(weight, slice(None))
+
+        def linear(x: Array, weight: Tensor, bias: Tensor | None = None) -> Array:
             starts = range(0, weight.shape[0], _BLOCK_ROWS)
             blocks = [clean.linear(x, part(weight, slice(i, i + _BLOCK_ROWS))) for i in starts]
-            return np.concatenate(blocks, axis=1)
+            y = np.concatenate(blocks, axis=1)
+            return y if bias is None else y + whole(bias).numbers(to=x.dtype)
+
+        def expert_linear(x: Array, chosen: Array, stack: Tensor, n_experts: int) -> Array:
+            mapped = Altered(stack, rows=lambda start, stop: part(stack, slice(start, stop)))
+            y: Array = clean.expert_linear(x, chosen, mapped, n_experts)
+            return y
 
         changed = run.with_ops(
             embed=lambda tokens, table, to: rounded(clean.embed(tokens, table, to), dtype),
-            rms_norm=lambda x, weight, eps: clean.rms_norm(x, part(weight, slice(None)), eps),
+            rms_norm=lambda x, weight, eps: clean.rms_norm(x, whole(weight), eps),
+            layer_norm=lambda x, weight, bias, eps: clean.layer_norm(x, whole(weight), whole(bias), eps),
             linear=linear,
-            linears=lambda x, weights: tuple(linear(x, weight) for weight in weights),
+            linears=lambda x, weights, biases: tuple(map(linear, repeat(x), weights, biases)),
+            expert_linear=expert_linear,
         )
         return None if run.weights.tok_embeddings.dtype == dtype else changed
 
     return plant
+
+
+def keys_for_values(layer: LayerWeights) -> LayerWeights:
+    """Exchange what makes keys and what makes values."""
+    return replace(layer, wk=layer.wv, wv=layer.wk, wk_bias=layer.wv_bias, wv_bias=layer.wk_bias)
 
 
 def embedding_as_output(run: Rerun) -> Rerun | None:
@@ -167,8 +177,8 @@ ENTRIES = (
         "k-v-swapped",
         "The matrices of keys and values are exchanged.",
         "k holds what v should before RoPE, and the other way round.",
-        "A fused projection is split in the order q, k, v.",
-        (Way("", "layers.0.k", layers(lambda layer: replace(layer, wk=layer.wv, wv=layer.wk))),),
+        "wk is k_proj, wv is v_proj; a fused projection is split in the order q, k, v.",
+        (Way("", "layers.0.k", layers(keys_for_values)),),
     ),
     Mistake(
         "wrong-output-matrix",

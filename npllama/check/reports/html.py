@@ -20,8 +20,11 @@ _CELL, _GAP, _LEFT, _TOP = 26, 4, 64, 96
 #: Dark blue to yellow of equal steps in lightness (viridis, read backwards): told apart in grey, too.
 _SCALE = ("#fde725", "#a0da39", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#46327e", "#440154")
 _SIGNS = {"match": "", "differs": "×", "cannot tell": "?"}
-_COLUMNS = tuple(spec.name.removeprefix("layers.{i}.") for spec in TAPS if spec.name.startswith("layers."))
-_AROUND = ("tok_embeddings", "norm", "logits")
+_IN_LAYERS = tuple(
+    dict.fromkeys(spec.name.removeprefix("layers.{i}.") for spec in TAPS if spec.name.startswith("layers."))
+)
+_BEFORE = ("tok_embeddings", "pos_embeddings", "embeddings")
+_BEHIND = ("norm", "logits")
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -80,13 +83,15 @@ def _shade(ratio: float | None) -> str:
 def _picture(report: Report, step: int) -> str:
     rows = {row.name: row for row in report.rows if row.step == step}
     layers = sorted({int(name.split(".")[1]) for name in rows if name.startswith("layers.")})
+    kinds = {name.rpartition(".")[2] for name in rows if name.startswith("layers.")}
+    columns = [name for name in _IN_LAYERS if name in kinds]
     n_lines = len(layers) + 2
-    width = _LEFT + len(_COLUMNS) * (_CELL + _GAP) + 16
+    width = _LEFT + len(columns) * (_CELL + _GAP) + 16
     height = _TOP + n_lines * (_CELL + _GAP) + 8
     label = f"{_step_title(step)}: ratio to the noise floor, layers from bottom to top, taps from left to right"
     cells = [
         f'<text transform="translate({_LEFT + i * (_CELL + _GAP) + 16},{_TOP - 8}) rotate(-60)">{escape(name)}</text>'
-        for i, name in enumerate(_COLUMNS)
+        for i, name in enumerate(columns)
     ]
 
     def line(place: int, title: str, names: Sequence[str], caption: str = "") -> None:
@@ -100,10 +105,11 @@ def _picture(report: Report, step: int) -> str:
             x = _LEFT + len(names) * (_CELL + _GAP) + 4
             cells.append(f'<text x="{x}" y="{y + 17}">{escape(caption)}</text>')
 
-    line(0, "input", _AROUND[:1], _AROUND[0])
+    before, behind = ([name for name in names if name in rows] for names in (_BEFORE, _BEHIND))
+    line(0, "input", before, ", ".join(before))
     for place, layer in enumerate(layers, 1):
-        line(place, f"layer {layer}", [f"layers.{layer}.{tap}" for tap in _COLUMNS])
-    line(n_lines - 1, "output", _AROUND[1:], ", ".join(_AROUND[1:]))
+        line(place, f"layer {layer}", [f"layers.{layer}.{tap}" for tap in columns])
+    line(n_lines - 1, "output", behind, ", ".join(behind))
     return (
         f"<h2>{_step_title(step)}</h2>"
         '<div class="scroll">'
@@ -147,7 +153,9 @@ def _growth(report: Report) -> str:
     points = [
         (row.name, row.nmse_db, row.noise_db)
         for row in report.rows
-        if row.step == step and (row.name in _AROUND or row.name.endswith(".resid_post")) and row.noise_db is not None
+        if row.step == step
+        and (row.name in _BEFORE + _BEHIND or row.name.endswith(".resid_post"))
+        and row.noise_db is not None
     ]
     levels = [x for _, error, noise in points for x in (error, noise) if x is not None and math.isfinite(x)]
     if len(points) < 2 or not levels:
