@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from npllama.checkpoint.pull import pull as pull
     from npllama.config import ModelConfig as ModelConfig
     from npllama.errors import NpllamaError as NpllamaError
-    from npllama.generation.generate import Step as Step
+    from npllama.generation.batch import generate_batch as generate_batch
     from npllama.generation.generate import generate as generate
+    from npllama.generation.writer import Step as Step
     from npllama.loading import Tokenizer as Tokenizer
     from npllama.loading import load as load
     from npllama.model import Model as Model
@@ -38,11 +39,12 @@ _HOME = {
     "Model": "npllama.model",
     "ModelConfig": "npllama.config",
     "NpllamaError": "npllama.errors",
-    "Step": "npllama.generation.generate",
+    "Step": "npllama.generation.writer",
     "Tokenizer": "npllama.loading",
     "convert": "npllama.checkpoint.convert",
     "dialog_prompt": "npllama.text.chat",
     "generate": "npllama.generation.generate",
+    "generate_batch": "npllama.generation.batch",
     "load": "npllama.loading",
     "pull": "npllama.checkpoint.pull",
     "record": "npllama.taps",

@@ -177,6 +177,11 @@ def _add_engine(command: argparse.ArgumentParser, *, exact: bool = False) -> Non
         default="fast",
         help=f"fast: compiled kernels (the default); numpy: the textbook, nothing to compile{float64}",
     )
+    command.add_argument(
+        "--kernels",
+        choices=("amx", "avx512", "portable"),
+        help="instructions that the fast backend may use (default: the best that the processor has)",
+    )
     command.add_argument("--threads", type=_positive, metavar="N", help="how many threads (default: one for each core)")
 
 
@@ -191,6 +196,26 @@ def _add_sampling(command: argparse.ArgumentParser, *, tokens: int, temperature:
         help="drop tokens less probable than this share of the most probable one (default: 0)")  # fmt: skip
     add("--seed", type=int, metavar="S", help="of the random numbers (default: another one every time)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; can be given repeatedly")
+
+
+def _add_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cache-dtype",
+        choices=("f32", "bf16"),
+        default="f32",
+        help="how keys and values are kept; bf16 takes half the memory, and a long text goes faster (default: f32)",
+    )
+
+
+def _add_lookup(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--lookup",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="guess up to N tokens at a time from earlier places of the text; the same text, sooner where it repeats "
+        "itself or its prompt; 8 is a good number (default: 0, off)",
+    )
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
@@ -212,6 +237,7 @@ def _convert(command: argparse.ArgumentParser) -> None:
     add("--rope-factor", type=float, metavar="F", help="RoPE scaling factor of a Meta checkpoint that names none")
     add("--no-crc", action="store_true", help="do not check the checksums inside a .pth file")
     add("--allow-nan", action="store_true", help="convert weights that hold NaN or infinity")
+    add("--audit", metavar="FILE", help="measure the error of every stored tensor, and write it as JSON")
     add("--golden", action="store_true", help="record a small run beside the weights, which verify replays")
 
 
@@ -226,6 +252,11 @@ def _generate(command: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help=_STORE)
     add("prompt", metavar="PROMPT", nargs="?", help="from stdin when absent, without the newline at its end")
     _add_sampling(command, tokens=256, temperature=0.0, top_p=1.0)
+    _add_lookup(command)
+    _add_cache(command)
+    add("--batch", metavar="FILE",
+        help="continue every line of a file instead (- for stdin), side by side; one JSON object a line")  # fmt: skip
+    add("--lanes", type=_positive, default=8, metavar="N", help="with --batch: texts in work at a time (default: 8)")
     _add_engine(command)
     add("--raw", action="store_true", help="complete the prompt as it is, without the model's chat template")
     add("--show-tokens", action="store_true", help="list the token ids and pieces on stderr")
@@ -239,6 +270,8 @@ def _chat(command: argparse.ArgumentParser) -> None:
     add("--context", type=_positive, metavar="N",
         help="tokens that the whole dialog may take (default: 8192, or the model's context if shorter)")  # fmt: skip
     _add_sampling(command, tokens=1024, temperature=0.6, top_p=0.9)
+    _add_lookup(command)
+    _add_cache(command)
     _add_engine(command)
 
 
@@ -299,6 +332,7 @@ def _bench(command: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help=_STORE)
     add("--prompt", type=_positive, default=512, metavar="N", help="tokens to prefill (default: 512)")
     add("--decode", type=_positive, default=128, metavar="N", help="tokens to decode (default: 128)")
+    add("--rounds", type=_positive, default=3, metavar="N", help="how often; medians are printed (default: 3)")
     _add_engine(command)
     _add_json(command)
 

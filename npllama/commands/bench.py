@@ -1,29 +1,86 @@
-"""`npllama bench`: how fast a model runs."""
+"""`npllama bench`: how fast a model runs, and what the machine would allow."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 
+import numpy as np
+
+from npllama.checkpoint.quantize import quantize
 from npllama.commands.console import Progress, human, per_second, print_json, print_table
 from npllama.commands.engine import load_model
-from npllama.generation.bench import bench
+from npllama.dtypes import PACKINGS, Tensor, narrow
+from npllama.generation.bench import Limits, Speed, bench
+from npllama.model import Model
+
+#: Numbers to read, 1 GiB: there are caches of hundreds of MB.
+_STREAM = 1 << 28
+#: Rows, and side of the square matrix, of the product that stands for all products.
+_ROWS, _SIDE = 512, 2048
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print the speeds of prefill and decode."""
+    """Measure, and print the speeds of prefill and decode with their shares of what the machine can do."""
     model = load_model(options)
+    limits = _limits(model) if model.backend == "fast" else None
     with Progress() as progress:
-        speed = bench(model, prompt=options.prompt, decode=options.decode, progress=progress)
+        speed = bench(
+            model,
+            prompt=options.prompt,
+            decode=options.decode,
+            rounds=options.rounds,
+            limits=limits,
+            progress=progress,
+        )
     if options.json:
         print_json({**asdict(speed), "threads": model.threads, "backend": model.backend})
         return 0
-    weights = human(speed.bytes_per_token)
-    bandwidth = human(speed.bytes_per_token * speed.decode_tokens_per_s)
-    rows = [
-        ("prefill", str(speed.prefill_tokens), per_second(speed.prefill_tokens_per_s), ""),
-        ("decode", str(speed.decode_tokens), per_second(speed.decode_tokens_per_s), f"{weights} each, {bandwidth}/s"),
-    ]
-    print_table(("phase", "tokens", "speed", "weights read"), rows)
-    print(f"backend {model.backend}, {model.threads} threads")
+    print_table(("phase", "tokens", "speed", "rate", "share of the limit"), _rows(speed))
+    print(f"backend {model.backend}, {model.threads} threads, median of {speed.rounds} rounds")
     return 0
+
+
+def _limits(model: Model) -> Callable[[], Limits]:
+    """Return what measures the machine with the kernels of a model and weights of its dtype."""
+    from npllama.kernels import probe
+
+    numbers = np.ones(_STREAM, np.float32)
+    x = np.random.default_rng(0).standard_normal((_ROWS, _SIDE), np.float32)
+    square = _square(model.weights.output.dtype)
+    return lambda: Limits(
+        read_bytes_per_s=probe.read_rate(numbers),
+        multiply_add_per_s=probe.multiply_add_rate(),
+        product_per_s=probe.product_rate(x, square),
+    )
+
+
+def _square(dtype: str) -> Tensor:
+    """Return a random square matrix as a weight is stored."""
+    values = np.random.default_rng(1).standard_normal((_SIDE, _SIDE), np.float32)
+    if dtype not in PACKINGS:
+        return Tensor(narrow(values, dtype), dtype)
+    data, scales, *minima = quantize(values, dtype)
+    return Tensor(data, dtype, scales, minima[0] if minima else None, _SIDE)
+
+
+def _rows(speed: Speed) -> list[tuple[str, ...]]:
+    """Spell the two phases as rows of the table."""
+    prefill = human(speed.prefill_operations_per_s, "FLOP/s")
+    decode = human(speed.decode_bytes_per_s, "B/s")
+    prefill_share = decode_share = "not measured with this backend"
+    if speed.limits is not None:
+        prefill_share = (
+            f"{_percent(speed.prefill_share)} of {human(speed.limits.multiply_add_per_s, 'FLOP/s')} in registers, "
+            f"{_percent(speed.prefill_share_of_product)} of {human(speed.limits.product_per_s, 'FLOP/s')} in products"
+        )
+        decode_share = f"{_percent(speed.decode_share)} of {human(speed.limits.read_bytes_per_s, 'B/s')}"
+    return [
+        ("prefill", str(speed.prefill_tokens), per_second(speed.prefill_tokens_per_s), prefill, prefill_share),
+        ("decode", str(speed.decode_tokens), per_second(speed.decode_tokens_per_s), decode, decode_share),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from npllama.commands.console import notice
-from npllama.commands.engine import load_model, sampling_settings
+from npllama.commands.engine import CACHE_DTYPES, load_model, sampling_settings, tell_if_outgrown
 from npllama.errors import ContextOverflowError
 from npllama.generation.conversation import Conversation
 from npllama.model import Model
@@ -19,7 +19,7 @@ _HELP = "Ctrl-C stops an answer, Ctrl-D leaves, /clear starts anew"
 def run(options: argparse.Namespace) -> int:
     """Read messages from stdin and stream the answers to stdout until the input ends."""
     model = load_model(options)
-    settings = sampling_settings(options)
+    settings = {**sampling_settings(options), "lookup": options.lookup}
     conversation = _begin(model, options)
     if _is_interactive():
         with contextlib.suppress(ImportError):  # absent on some systems; input() then has no history
@@ -36,12 +36,13 @@ def run(options: argparse.Namespace) -> int:
         if message == "/clear":
             conversation = _begin(model, options)
         elif message:
-            _answer(conversation, message, settings)
+            _answer(model, conversation, message, settings)
 
 
 def _begin(model: Model, options: argparse.Namespace) -> Conversation:
     capacity = options.context or min(_DEFAULT_CONTEXT, model.config.max_seq_len)
-    return Conversation(model, system=options.system, capacity=capacity)
+    dtype = CACHE_DTYPES[options.cache_dtype]
+    return Conversation(model, system=options.system, capacity=capacity, cache_dtype=dtype)
 
 
 def _is_interactive() -> bool:
@@ -62,11 +63,14 @@ def _read() -> str:
     return line.strip()
 
 
-def _answer(conversation: Conversation, message: str, settings: dict[str, object]) -> None:
+def _answer(model: Model, conversation: Conversation, message: str, settings: dict[str, object]) -> None:
     """Stream one answer; Ctrl-C ends it, and what is said stays in the dialog."""
+    cache = conversation.cache
+    before = cache.length
     try:
         with contextlib.closing(conversation.reply(message, **settings)) as steps:
             for step in steps:
+                before = before or cache.length  # a first message was fed with its length known
                 print(step.text, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="", file=sys.stderr, flush=True)
@@ -74,3 +78,4 @@ def _answer(conversation: Conversation, message: str, settings: dict[str, object
         notice(f"{type(problem).__name__}: {problem} Or type /clear to start anew.")
         return
     print(flush=True)
+    tell_if_outgrown(model, before or cache.length, cache.length)

@@ -3,55 +3,110 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterable
 
 from npllama.commands.console import notice, per_second, print_json, visible
-from npllama.commands.engine import load_model, read_text, sampling_settings
+from npllama.commands.engine import CACHE_DTYPES, load_model, read_text, sampling_settings, tell_if_outgrown
+from npllama.errors import ParameterError
+from npllama.generation.batch import generate_batch
 from npllama.generation.bench import Timed
-from npllama.generation.generate import generate, prompt_ids
+from npllama.generation.generate import generate
+from npllama.generation.prompt import Prompt, prompt_ids
+from npllama.generation.writer import Step
 from npllama.model import Model
 
 
 def run(options: argparse.Namespace) -> int:
-    """Generate, and stream the text to stdout or print one JSON object."""
-    prompt = _prompt_from_stdin() if options.prompt is None else options.prompt
+    """Generate: stream one text to stdout or print it as a JSON object, or print an object for each of many."""
+    return _run_one(options) if options.batch is None else _run_batch(options)
+
+
+def _run_one(options: argparse.Namespace) -> int:
+    text = _prompt_from_stdin() if options.prompt is None else options.prompt
     model = load_model(options)
-    ids = _prompt_ids(model, prompt, raw=options.raw)
+    ids = prompt_ids(model, _prompt(model, text, raw=options.raw))
     if options.show_tokens:
         _show(model, "prompt", ids)
-    steps = Timed(generate(model, ids, **sampling_settings(options)), len(ids))
-    tokens: list[int] = []
-    text = ""
-    finish_reason = None
+    settings = sampling_settings(options)
+    steps = Timed(
+        generate(model, ids, lookup=options.lookup, cache_dtype=CACHE_DTYPES[options.cache_dtype], **settings), len(ids)
+    )
+    written: list[Step] = []
     try:
         for step in steps:
-            tokens.append(step.token)
-            text += step.text
-            finish_reason = step.finish_reason
+            written.append(step)
             if not options.json:
                 print(step.text, end="", flush=True)
     finally:
-        if not options.json and text and not text.endswith("\n"):
+        if not options.json and _needs_newline(_text(written)):
             print(flush=True)
     if options.show_tokens:
-        _show(model, "generated", tokens)
+        _show(model, "generated", _tokens(written))
     if options.json:
         print_json(
             {
-                "prompt_tokens": ids,
-                "tokens": tokens,
-                "text": text,
-                "finish_reason": finish_reason,
+                **_found(ids, written),
                 "prefill_tokens_per_s": steps.prefill_tokens_per_s,
                 "decode_tokens_per_s": steps.decode_tokens_per_s,
             }
         )
+    tell_if_outgrown(model, len(ids), len(ids) + len(written) - 1)
+    drafted = f", {sum(step.drafted for step in written)} of them drafted" if options.lookup else ""
     notice(
         f"prompt: {len(ids)} tokens{_at(steps.prefill_tokens_per_s)}; "
-        f"text: {len(tokens)} tokens{_at(steps.decode_tokens_per_s)}"
+        f"text: {len(written)} tokens{_at(steps.decode_tokens_per_s)}{drafted}"
     )
     return 0
+
+
+def _run_batch(options: argparse.Namespace) -> int:
+    """Continue every line of a file, and print each text as it ends."""
+    if options.prompt is not None or options.lookup:
+        raise ParameterError(
+            "--batch goes with neither a PROMPT nor --lookup", remedy="The prompts are the lines of the file."
+        )
+    lines = io.StringIO(read_text(None if options.batch == "-" else options.batch))
+    model = load_model(options)
+    prompts = [_prompt(model, _without_newline(line), raw=options.raw) for line in lines]
+    steps = generate_batch(
+        model,
+        prompts,
+        lanes=options.lanes,
+        cache_dtype=CACHE_DTYPES[options.cache_dtype],
+        **sampling_settings(options),
+    )
+    texts: list[tuple[list[int], list[Step]]] = [(prompt_ids(model, prompt), []) for prompt in prompts]
+    for index, step in steps:
+        ids, written = texts[index]
+        written.append(step)
+        if step.finish_reason is not None:
+            print_json({"index": index, **_found(ids, written)})
+            tell_if_outgrown(model, len(ids), len(ids) + step.index)
+    return 0
+
+
+def _found(ids: list[int], written: list[Step]) -> dict[str, object]:
+    """Return what JSON says of a text."""
+    return {
+        "prompt_tokens": ids,
+        "tokens": _tokens(written),
+        "text": _text(written),
+        "finish_reason": written[-1].finish_reason,
+    }
+
+
+def _tokens(written: list[Step]) -> list[int]:
+    return [step.token for step in written]
+
+
+def _text(written: list[Step]) -> str:
+    return "".join(step.text for step in written)
+
+
+def _needs_newline(text: str) -> bool:
+    return text != "" and not text.endswith("\n")
 
 
 def _prompt_from_stdin() -> str:
@@ -65,9 +120,10 @@ def _without_newline(text: str) -> str:
     return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def _prompt_ids(model: Model, prompt: str, *, raw: bool) -> list[int]:
+def _prompt(model: Model, text: str, *, raw: bool) -> Prompt:
+    """Return a text as it is, or as a user's message where the model has a chat template."""
     has_template = model.tokenizer is not None and model.tokenizer.chat_template is not None
-    return prompt_ids(model, prompt if raw or not has_template else [{"role": "user", "content": prompt}])
+    return text if raw or not has_template else [{"role": "user", "content": text}]
 
 
 def _at(rate: float | None) -> str:

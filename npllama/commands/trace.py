@@ -10,7 +10,7 @@ from npllama.check.trace import TraceWriter
 from npllama.commands.console import notice
 from npllama.commands.engine import load_model
 from npllama.errors import ParameterError
-from npllama.generation.generate import prompt_ids
+from npllama.generation.prompt import prompt_ids
 
 
 def run(options: argparse.Namespace) -> int:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
 from npllama.cache import KVCache
 from npllama.errors import ContextOverflowError, ParameterError
-from npllama.generation.generate import PREFILL_CHUNK, Step, prefill
+from npllama.generation.cost import positions_seen, prefill_operations
+from npllama.generation.prefill import PREFILL_CHUNK, prefill
 from npllama.generation.sampling import is_integer
+from npllama.generation.writer import Step
 from npllama.model import Model
 
 
@@ -77,24 +80,63 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """What `bench` measured.
+class Limits:
+    """What the machine can do at most.
 
     Attributes
     ----------
-    prefill_tokens, decode_tokens : int
-        How many tokens each phase took.
+    read_bytes_per_s : float
+        Memory read by all threads together.
+    multiply_add_per_s : float
+        float32 operations, two for each multiply-add, in registers.
+    product_per_s : float
+        float32 operations that the kernel of matrix products reaches on a large square matrix.
+    """
+
+    read_bytes_per_s: float
+    multiply_add_per_s: float
+    product_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What `bench` measured: medians over rounds, shares of the limits taken round by round.
+
+    Attributes
+    ----------
+    prefill_tokens, decode_tokens, rounds : int
+        How many tokens each phase took, and how often.
     prefill_tokens_per_s, decode_tokens_per_s : float
         The speeds.
+    prefill_operations_per_s : float
+        Operations of the matrix products and of attention, by the prefill's time. See `npllama.generation.cost`.
     bytes_per_token : int
-        Bytes of weights that one decoded token reads. Times the decode speed: the memory bandwidth in use.
+        Bytes of weights that one decoded token reads.
+    cache_bytes_per_token : int
+        Bytes of keys and values that it reads, on average over the decoded tokens.
+    decode_bytes_per_s : float
+        Both, by the decoding's time: the memory bandwidth in use.
+    limits : Limits or None
+        What the machine could have done meanwhile, where that was measured.
+    prefill_share, prefill_share_of_product : float or None
+        Operations per second by those of multiply-adds in registers, and by those of large products.
+    decode_share : float or None
+        Bytes per second by those of a plain read.
     """
 
     prefill_tokens: int
     decode_tokens: int
+    rounds: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    prefill_operations_per_s: float
     bytes_per_token: int
+    cache_bytes_per_token: int
+    decode_bytes_per_s: float
+    limits: Limits | None
+    prefill_share: float | None
+    prefill_share_of_product: float | None
+    decode_share: float | None
 
 
 def bench(
@@ -102,6 +144,8 @@ def bench(
     *,
     prompt: int = 512,
     decode: int = 128,
+    rounds: int = 3,
+    limits: Callable[[], Limits] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
@@ -115,6 +159,11 @@ def bench(
         Random tokens to prefill.
     decode : int
         Tokens to decode behind them, one forward pass each (random ones: what a token costs is not what it says).
+    rounds : int
+        How often.
+    limits : callable, optional
+        Measures what the machine can do; called in every round, between its phases, since a machine that is shared
+        changes by the minute.
     progress : callable, optional
         ``progress(what, done, total)`` in tokens, between the measured stretches only.
     clock : callable
@@ -130,14 +179,14 @@ def bench(
     ParameterError
         A count is below 1.
     ContextOverflowError
-        Both together exceed the model's context.
+        Prompt and decoded tokens together exceed the model's context.
 
     Notes
     -----
     The same passes run once before, shortened to a chunk of the prompt and two decoded tokens: kernels are compiled
     and the mapped weights are in memory when the clock starts.
     """
-    for name, value in (("prompt", prompt), ("decode", decode)):
+    for name, value in (("prompt", prompt), ("decode", decode), ("rounds", rounds)):
         if not is_integer(value) or value < 1:
             raise ParameterError(f"{name} is {value!r}, expected an integer of 1 or more")
     if prompt + decode > model.config.max_seq_len:
@@ -146,30 +195,82 @@ def bench(
         )
     ids = [int(token) for token in np.random.default_rng(0).integers(0, model.config.vocab_size, prompt + decode)]
     report = progress or _ignore
-    warm = min(prompt, PREFILL_CHUNK)
-    report("Warming up", 0, prompt + decode)
-    _measure(model, ids[:warm], ids[prompt : prompt + 2], clock)
-    report("Measuring", 0, prompt + decode)
-    prefill_seconds, decode_seconds = _measure(model, ids[:prompt], ids[prompt:], clock)
-    report("Measuring", prompt + decode, prompt + decode)
-    return Speed(
-        prefill_tokens=prompt,
-        decode_tokens=decode,
-        prefill_tokens_per_s=prompt / prefill_seconds,
-        decode_tokens_per_s=decode / decode_seconds,
-        bytes_per_token=model.nbytes_per_token,
-    )
+    measure = limits or _unmeasured
+    total = rounds * len(ids)
+    report("Warming up", 0, total)
+    _round(model, ids[: min(prompt, PREFILL_CHUNK)], ids[prompt : prompt + 2], measure, clock)
+    found = []
+    for done in range(rounds):
+        report("Measuring", done * len(ids), total)
+        found.append(_round(model, ids[:prompt], ids[prompt:], measure, clock))
+    report("Measuring", total, total)
+    return _speed(model, prompt, decode, found)
 
 
-def _measure(model: Model, prompt: list[int], decoded: list[int], clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of the prefill and of the decoding behind it."""
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """Seconds of the two phases, the limits between them, and the bytes that a position takes in the cache."""
+
+    prefill: float
+    decode: float
+    limits: Limits | None
+    position_bytes: float
+
+
+def _round(
+    model: Model,
+    prompt: list[int],
+    decoded: list[int],
+    limits: Callable[[], Limits | None],
+    clock: Callable[[], float],
+) -> _Round:
     cache = KVCache(model.config, len(prompt) + len(decoded))
     begin = clock()
     prefill(model, prompt, cache)
-    middle = clock()
+    prefilled = clock() - begin
+    measured = limits()
+    begin = clock()
     for token in decoded:
         model.forward([token], cache, last=True)
-    return middle - begin, clock() - middle
+    return _Round(prefilled, clock() - begin, measured, cache.nbytes / cache.capacity)
+
+
+def _speed(model: Model, prompt: int, decode: int, rounds: list[_Round]) -> Speed:
+    operations = prefill_operations(model, prompt)
+    cache_bytes = rounds[0].position_bytes * positions_seen(model, prompt, decode) / decode
+    read = decode * (model.nbytes_per_token + cache_bytes)
+
+    def typical(value: Callable[[_Round], float]) -> float:
+        return median(value(entry) for entry in rounds)
+
+    def share(value: Callable[[_Round, Limits], float]) -> float | None:
+        shares = [value(entry, entry.limits) for entry in rounds if entry.limits is not None]
+        return median(shares) if shares else None
+
+    limits = [entry.limits for entry in rounds if entry.limits is not None]
+    return Speed(
+        prefill_tokens=prompt,
+        decode_tokens=decode,
+        rounds=len(rounds),
+        prefill_tokens_per_s=typical(lambda entry: prompt / entry.prefill),
+        decode_tokens_per_s=typical(lambda entry: decode / entry.decode),
+        prefill_operations_per_s=typical(lambda entry: operations / entry.prefill),
+        bytes_per_token=model.nbytes_per_token,
+        cache_bytes_per_token=round(cache_bytes),
+        decode_bytes_per_s=typical(lambda entry: read / entry.decode),
+        limits=_typical_limits(limits) if limits else None,
+        prefill_share=share(lambda entry, limit: operations / entry.prefill / limit.multiply_add_per_s),
+        prefill_share_of_product=share(lambda entry, limit: operations / entry.prefill / limit.product_per_s),
+        decode_share=share(lambda entry, limit: read / entry.decode / limit.read_bytes_per_s),
+    )
+
+
+def _typical_limits(limits: list[Limits]) -> Limits:
+    return Limits(*(median(getattr(entry, name) for entry in limits) for name in Limits.__slots__))
+
+
+def _unmeasured() -> None:
+    """Stand for limits that nobody measures."""
 
 
 def _ignore(what: str, done: int, total: int) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from npllama.cache import KVCache
 from npllama.errors import ContextOverflowError, ParameterError
-from npllama.generation.generate import prefill, prompt_ids
+from npllama.generation.prefill import prefill
+from npllama.generation.prompt import prompt_ids
 from npllama.generation.sampling import is_integer, log_probabilities
 from npllama.model import Model
 
@@ -141,11 +142,11 @@ def _windows(length: int, size: int, first: int) -> Iterator[_Window]:
 def _score(model: Model, tokens: Sequence[int], first: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Log-probabilities of tokens[first:], each given all before it; first >= 1."""
     cache = KVCache(model.config, len(tokens))
-    if first > 1:
-        prefill(model, tokens[: first - 1], cache, _CHUNK)  # spares the logits of what is context only
+    fed = len(tokens) - 1  # the last one is predicted only
+    prefill(model, tokens[: first - 1], cache, _CHUNK, horizon=fed)  # spares the logits of what is context only
     scores = []
-    for begin in range(first - 1, len(tokens) - 1, _CHUNK):
-        end = min(begin + _CHUNK, len(tokens) - 1)
+    for begin in range(first - 1, fed, _CHUNK):
+        end = min(begin + _CHUNK, fed)
         logits = model.forward(tokens[begin:end], cache)  # (T, V), row t predicts token begin + t + 1
         scores.append(log_probabilities(logits, np.array(tokens[begin + 1 : end + 1])))
     return np.concatenate(scores)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.generation.fakes import ASSISTANT, FakeModel
+from tests.fixtures.engine import loud_model
+from tests.fixtures.loud import loud_config
+from tests.generation.fakes import ASSISTANT, VOCABULARY, FakeModel, byte_tokenizer
 from tests.generation.test_conversation import answering
+from tests.generation.test_lookup import LONGROPE
 
 Npllama = Callable[..., Any]
 
@@ -112,3 +115,51 @@ def test_at_a_terminal_ctrl_c_at_the_prompt_does_not_leave_but_ctrl_d_does(
     done = npllama("chat", "m")
     assert (done.code, done.out) == (0, "yes\nyes\n\n")
     assert "Ctrl-C stops an answer, Ctrl-D leaves, /clear starts anew" in done.err
+
+
+def test_drafts_come_from_the_whole_dialog(npllama: Npllama, loaded: Any, typed: Any) -> None:
+    def passes(*options: str) -> int:
+        model = answering()
+        loaded(model)
+        typed("one\ntwo\nthree")
+        assert npllama("chat", "m", "--temperature", "0", *options).out == "yes\nyes\nyes\n"
+        return len(model.calls)
+
+    assert passes() == 3 * 4
+    assert passes("--lookup", "4") < 3 * 4
+
+
+def test_the_cache_is_of_the_dtype_that_was_asked_for(
+    npllama: Npllama, loaded: Any, typed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = answering()
+    forward = model.forward
+    caches = []
+
+    def watched(tokens: Any, cache: Any = None, *, last: bool = False) -> Any:
+        caches.append(cache.dtype)
+        return forward(tokens, cache, last=last)
+
+    monkeypatch.setattr(model, "forward", watched)
+    loaded(model)
+    typed("one\n/clear\ntwo")
+    npllama("chat", "m", "--cache-dtype", "bf16")
+    assert set(caches) == {"bfloat16"}
+
+
+def test_a_dialog_that_outgrows_the_original_context_is_said_to_once(npllama: Npllama, loaded: Any, typed: Any) -> None:
+    config = loud_config(family="phi3", vocab_size=VOCABULARY, rope_scaling=LONGROPE)
+    loaded(loud_model(config, tokenizer=byte_tokenizer(adds_bos=False)))
+    typed("one\ntwo\nthree\nfour\nfive\n")
+    done = npllama("chat", "m", "--temperature", "0", "-n", "8")
+    assert done.code == 0
+    assert done.err.count("the text outgrew the 40 tokens") == 1
+
+
+def test_a_first_message_beyond_the_original_context_outgrows_nothing(
+    npllama: Npllama, loaded: Any, typed: Any
+) -> None:
+    config = loud_config(family="phi3", vocab_size=VOCABULARY, rope_scaling=LONGROPE)
+    loaded(loud_model(config, tokenizer=byte_tokenizer(adds_bos=False)))
+    typed("x" * 50 + "\ntwo\n")
+    assert "outgrew" not in npllama("chat", "m", "--temperature", "0", "-n", "8").err

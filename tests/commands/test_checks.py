@@ -14,6 +14,7 @@ import pytest
 
 from npllama.check.golden import FOLDER
 from npllama.check.trace import Trace
+from npllama.checkpoint.store import Store
 from npllama.taps import tap_names
 
 IDS = "5,80,17,203,41,9,120,66,31,7"
@@ -52,7 +53,7 @@ def test_a_prompt_is_traced_and_continued_greedily(npllama: Callable[..., Any], 
     trace = Trace.open(tmp_path / "t")
     assert (trace.prefill, trace.steps, len(trace.tokens)) == (3, 2, 5)
     assert trace.tokens[3] == trace.read("logits")[-1].argmax()
-    assert [entry.name for entry in trace.taps if entry.step == 2] == tap_names(2)
+    assert [entry.name for entry in trace.taps if entry.step == 2] == tap_names(Store.open(store).config)
     assert trace.producer.startswith("npllama ")
     assert trace.model["config"]["dim"] == 64
 
@@ -203,7 +204,7 @@ def test_an_installation_that_computes_wrongly_fails(
 ) -> None:
     from npllama import kernels
 
-    monkeypatch.setattr(kernels, "swiglu", lambda gate, up: gate * up)
+    monkeypatch.setattr(kernels, "glu", lambda gate, up, activation: gate * up)
     run = npllama("verify", recorded, "--json")
     assert run.code == 1
     found = run.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from npllama.cli import main
-from tests.generation.fakes import ASSISTANT, BOS, EOS, USER, bigram, byte_tokenizer, writes
+from tests.fixtures.engine import loud_model
+from tests.fixtures.loud import loud_config
+from tests.generation.fakes import ASSISTANT, BOS, EOS, USER, VOCABULARY, bigram, byte_tokenizer, writes
+from tests.generation.test_lookup import LONGROPE
 
 Npllama = Callable[..., Any]
 
@@ -174,3 +178,109 @@ def test_text_appears_as_it_is_written(loaded: Any, monkeypatch: pytest.MonkeyPa
     assert main(["generate", "m", "x"]) == 0
     shown = [event for event in events if event]
     assert shown[:6] == ["forward", "a", "flush", "forward", "b", "flush"]
+
+
+# --- drafts, caches, long texts -----------------------------------------------------------------------------------
+
+
+def test_lookup_changes_nothing_but_the_passes(npllama: Npllama, loaded: Any) -> None:
+    def found(*options: str) -> Any:
+        model = writes("tick tack " * 5, after=12)
+        loaded(model)
+        done = npllama("generate", "m", "tick tack", *options, "--json")
+        return [done.json[key] for key in ("tokens", "text", "finish_reason")], len(model.calls), done.err
+
+    plain, passes, err = found()
+    same, fewer, told = found("--lookup", "8")
+    assert same == plain
+    assert passes == 51
+    assert fewer < 15
+    assert f"{51 - fewer} of them drafted\n" in told
+    assert "drafted" not in err
+
+
+@pytest.mark.parametrize(("option", "dtype"), [([], "float32"), (["--cache-dtype", "bf16"], "bfloat16")])
+def test_the_cache_is_of_the_dtype_that_was_asked_for(
+    npllama: Npllama, loaded: Any, monkeypatch: pytest.MonkeyPatch, option: list[str], dtype: str
+) -> None:
+    model = writes("ab", after=4)
+    forward = model.forward
+    caches = []
+
+    def watched(tokens: Any, cache: Any = None, *, last: bool = False) -> Any:
+        caches.append(cache.dtype)
+        return forward(tokens, cache, last=last)
+
+    monkeypatch.setattr(model, "forward", watched)
+    loaded(model)
+    assert npllama("generate", "m", "x", *option).code == 0
+    assert set(caches) == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens", "outgrown"), [(30, 11, False), (30, 12, True), (39, 5, True), (41, 5, False)]
+)
+def test_a_text_that_outgrows_the_original_context_is_said_to(
+    npllama: Npllama, loaded: Any, length: int, tokens: int, outgrown: bool
+) -> None:
+    config = loud_config(family="phi3", vocab_size=VOCABULARY, rope_scaling=LONGROPE)
+    loaded(loud_model(config, tokenizer=byte_tokenizer(adds_bos=False)))
+    done = npllama("generate", "m", "x" * length, "--raw", "-n", tokens, "--json")
+    assert len(done.json["tokens"]) == tokens
+    assert ("the text outgrew the 40 tokens" in done.err) == outgrown
+
+
+# --- many prompts -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts"
+    file.write_bytes("One\n\nthrée\r\nthe\u2028fourth".encode())
+    return file
+
+
+def test_every_line_of_a_batch_gets_the_object_that_it_gets_alone(npllama: Npllama, loaded: Any, lines: Path) -> None:
+    loaded(bigram()[0])
+    options = ("-n", "9", "--temperature", "1", "--stop", "e")
+    done = npllama("generate", "m", "--batch", lines, "--lanes", "3", "--seed", "7", *options)
+    found = {entry.pop("index"): entry for entry in map(json.loads, done.out.splitlines())}
+    assert done.code == 0
+    for index, prompt in enumerate(["One", "", "thrée", "the\u2028fourth"]):
+        alone = npllama("generate", "m", prompt, "--seed", 7 + index, "--json", *options).json
+        assert found.pop(index) == {key: alone[key] for key in ("prompt_tokens", "tokens", "text", "finish_reason")}
+    assert found == {}
+
+
+def test_a_batch_comes_from_stdin_too(npllama: Npllama, loaded: Any, typed: Any) -> None:
+    loaded(writes("", tokenizer=byte_tokenizer(adds_bos=False)))
+    typed("a\nb\n")
+    done = npllama("generate", "m", "--batch", "-", "--raw")
+    assert [json.loads(line)["prompt_tokens"] for line in done.out.splitlines()] == [[97], [98]]
+
+
+def test_an_empty_batch_is_no_output(npllama: Npllama, loaded: Any, typed: Any) -> None:
+    loaded(writes(""))
+    typed("")
+    done = npllama("generate", "m", "--batch", "-")
+    assert (done.code, done.out) == (0, "")
+
+
+def test_a_line_that_is_no_prompt_is_named(npllama: Npllama, loaded: Any, lines: Path) -> None:
+    loaded(writes("", tokenizer=byte_tokenizer(adds_bos=False)))
+    done = npllama("generate", "m", "--batch", lines, "--raw")
+    assert (done.code, done.out) == (2, "")
+    assert "ParameterError: prompts[1]: the prompt is empty" in done.err
+
+
+@pytest.mark.parametrize("more", [["x"], ["--lookup", "4"]])
+def test_a_batch_goes_with_neither_a_prompt_nor_drafts(npllama: Npllama, lines: Path, more: list[str]) -> None:
+    done = npllama("generate", "m", "--batch", lines, *more)
+    assert (done.code, done.out) == (2, "")
+    assert "--batch goes with neither a PROMPT nor --lookup" in done.err
+
+
+def test_a_batch_that_is_not_there_is_an_error(npllama: Npllama, tmp_path: Path) -> None:
+    done = npllama("generate", "m", "--batch", tmp_path / "none")
+    assert (done.code, done.out) == (5, "")
+    assert "FileAccessError" in done.err

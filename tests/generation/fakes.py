@@ -9,8 +9,9 @@ import numpy as np
 
 from npllama.cache import KVCache
 from npllama.dtypes import Array
+from npllama.text.byte_level import ByteLevel
 from npllama.text.tokenizer import Tokenizer
-from npllama.text.vocabulary import RunLimits, Vocabulary
+from npllama.text.vocabulary import Special, Vocabulary
 from tests.fixtures.loud import loud_config
 
 BOS, EOS, USER, ASSISTANT, SYSTEM = range(256, 261)
@@ -26,12 +27,11 @@ def byte_tokenizer(*, adds_bos: bool = True, chat_template: str | None = _TEMPLA
     """Return a tokenizer with one token for each byte, and BOS, EOS and three roles behind them."""
     return Tokenizer(
         Vocabulary(
-            pattern=r"[\s\S]",
-            ranks={bytes([value]): value for value in range(256)},
-            ids=range(256),
+            encoder=ByteLevel(r"[\s\S]", {bytes([value]): value for value in range(256)}, range(256)),
             tokens={value: bytes([value]) for value in range(256)},
-            special={"<bos>": BOS, "<eos>": EOS, "<user>": USER, "<assistant>": ASSISTANT, "<system>": SYSTEM},
-            limits=RunLimits(None, r"\s", 1000),
+            special=Special(
+                ids={"<bos>": BOS, "<eos>": EOS, "<user>": USER, "<assistant>": ASSISTANT, "<system>": SYSTEM}
+            ),
             bos=BOS,
             adds_bos=adds_bos,
             stop_ids=frozenset({EOS}),
@@ -83,9 +83,13 @@ class FakeModel:
         if cache is not None:
             before = self._seen.setdefault(id(cache), [])[: cache.length]
             cache.advance(len(ids))
+            cache.remember(np.array(ids))
             self._seen[id(cache)] = before + ids
         ends = range(len(ids), len(ids) + 1) if last else range(1, len(ids) + 1)
         return np.array([self._logits(before + ids[:end]) for end in ends], dtype=np.float32)
+
+    def forward_many(self, sequences: Any, caches: Any, *, last: bool = False) -> list[Array]:
+        return [self.forward(tokens, cache, last=last) for tokens, cache in zip(sequences, caches, strict=True)]
 
 
 def one_hot(token: int) -> Array:

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
+from npllama.config import Experts
 from npllama.errors import ContextOverflowError, ParameterError
-from npllama.generation.bench import Timed, bench
+from npllama.generation.bench import Limits, Timed, bench
+from npllama.generation.cost import positions_seen, prefill_operations
 from npllama.generation.generate import Step
+from tests.fixtures.engine import loud_model
+from tests.fixtures.loud import loud_config
 from tests.generation.fakes import bigram
 
 
@@ -27,21 +31,88 @@ def ticking(model: Any, seconds: Callable[[int], float]) -> tuple[Any, Callable[
     return model, lambda: now
 
 
+def by_length(count: int) -> float:
+    """Return how long a pass takes: half a second for one token, a millisecond each for more."""
+    return 0.5 if count == 1 else count / 1000
+
+
 def test_the_speeds_are_tokens_by_the_time_of_their_phase() -> None:
-    model, clock = ticking(bigram()[0], lambda count: 0.5 if count == 1 else count / 1000)
+    model, clock = ticking(bigram()[0], by_length)
     speed = bench(model, prompt=200, decode=4, clock=clock)
     assert speed.prefill_tokens_per_s == pytest.approx(1000)
     assert speed.decode_tokens_per_s == pytest.approx(2)
-    assert (speed.prefill_tokens, speed.decode_tokens, speed.bytes_per_token) == (200, 4, 1000)
+    assert (speed.prefill_tokens, speed.decode_tokens, speed.rounds, speed.bytes_per_token) == (200, 4, 3, 1000)
+    assert speed.decode_bytes_per_s == pytest.approx(2000)
+    assert speed.prefill_operations_per_s == pytest.approx(prefill_operations(model, 200) * 5)
+    assert (speed.limits, speed.prefill_share, speed.decode_share) == (None, None, None)
 
 
-def test_the_same_passes_run_once_before_the_clock_starts() -> None:
+def test_the_same_passes_run_once_before_the_clock_starts_and_then_once_a_round() -> None:
     model, clock = ticking(bigram()[0], lambda count: 1.0)
-    bench(model, prompt=600, decode=3, clock=clock)
-    assert [len(call) for call in model.calls] == [512, 1, 1, 512, 88, 1, 1, 1]
+    bench(model, prompt=600, decode=3, rounds=2, clock=clock)
+    assert [len(call) for call in model.calls] == [512, 1, 1, *[512, 88, 1, 1, 1] * 2]
 
 
-@pytest.mark.parametrize("name", ["prompt", "decode"])
+def test_of_several_rounds_the_median_counts() -> None:
+    now = iter([0, 0, 0, 0, 0, 10, 10, 12, 20, 21, 21, 25, 30, 35, 35, 36])  # four times prefill and decode: from, to
+    speed = bench(bigram()[0], prompt=10, decode=4, clock=lambda: float(next(now)))
+    assert speed.prefill_tokens_per_s == 2  # of 1, 10 and 2
+    assert speed.decode_tokens_per_s == 2  # of 2, 1 and 4
+
+
+def test_a_share_is_taken_of_what_the_machine_did_in_the_same_round() -> None:
+    model, clock = ticking(bigram()[0], by_length)
+    rates = iter([1.0, 4000.0, 8000.0, 20000.0])  # the first belongs to the warm-up
+
+    def limits() -> Limits:
+        rate = next(rates)
+        return Limits(read_bytes_per_s=rate, multiply_add_per_s=1e6 * rate, product_per_s=5e5 * rate)
+
+    speed = bench(model, prompt=200, decode=4, limits=limits, clock=clock)
+    assert speed.limits == Limits(8000.0, 8e9, 4e9)
+    assert speed.decode_share == pytest.approx(2000 / 8000)
+    assert speed.prefill_share == pytest.approx(prefill_operations(model, 200) * 5 / 8e9)
+    assert speed.prefill_share_of_product == pytest.approx(2 * speed.prefill_share)
+
+
+def test_the_cache_that_a_token_reads_is_counted() -> None:
+    model = loud_model(loud_config(n_layers=3, n_kv_heads=2, head_dim=16))
+    speed = bench(model, prompt=8, decode=5, rounds=1)
+    positions = (9 + 10 + 11 + 12 + 13) / 5
+    assert speed.cache_bytes_per_token == positions * 3 * 2 * 2 * 16 * 4  # layers, keys and values, K, Dh, bytes
+    assert speed.bytes_per_token == model.nbytes_per_token
+    read = speed.bytes_per_token + speed.cache_bytes_per_token
+    assert speed.decode_bytes_per_s == pytest.approx(read * speed.decode_tokens_per_s)
+
+
+def test_the_operations_of_a_prefill_are_those_of_its_products() -> None:
+    d, h, k, dh, f, v, layers = 64, 4, 2, 16, 192, 256, 3
+    config = loud_config(
+        dim=d, n_heads=h, n_kv_heads=k, head_dim=dh, hidden_dim=f, vocab_size=v, n_layers=layers, tied=True
+    )
+    products = 0
+    for t in range(5):
+        per_layer = d * h * dh + 2 * d * k * dh + h * dh * d + 3 * d * f + 2 * (t + 1) * h * dh
+        products += layers * per_layer
+    assert prefill_operations(loud_model(config), 5) == 2 * (products + d * v)
+
+
+def test_a_layer_with_a_window_sees_no_more_positions_than_that() -> None:
+    model, _ = bigram()
+    model.config = loud_config(n_layers=2, windows=(0, 3))
+    assert positions_seen(model, 1, 4) == ((2 + 3 + 4 + 5) + (2 + 3 + 3 + 3)) / 2
+
+
+def test_of_experts_those_are_counted_that_are_asked() -> None:
+    model, _ = bigram()
+    experts = Experts(count=8, active=2, hidden_dim=96, shared_dim=32, dense_layers=(0,))
+    model.config = loud_config(n_layers=2, hidden_dim=192)
+    dense = prefill_operations(model, 4)
+    model.config = loud_config(n_layers=2, hidden_dim=192, experts=experts)
+    assert dense - prefill_operations(model, 4) == -(2 * 4 * 3 * 64 * (2 * 96 + 32 - 192))
+
+
+@pytest.mark.parametrize("name", ["prompt", "decode", "rounds"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_a_count_below_one_is_an_error(name: str, value: Any) -> None:
     with pytest.raises(ParameterError, match=f"{name} is {value!r}"):

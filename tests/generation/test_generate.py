@@ -12,9 +12,12 @@ from npllama import ops
 from npllama.cache import KVCache
 from npllama.dtypes import Tensor
 from npllama.errors import ContextOverflowError, NpllamaError, ParameterError, TokenizerError
-from npllama.generation.generate import Step, generate, prompt_ids
+from npllama.generation.generate import generate
+from npllama.generation.prompt import prompt_ids
 from npllama.generation.sampling import log_probabilities
-from npllama.model import Model, gather_weights
+from npllama.generation.writer import Step
+from npllama.model import Model
+from npllama.weights import gather_weights
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
 from tests.generation.fakes import ASSISTANT, BOS, EOS, USER, VOCABULARY, FakeModel, bigram, byte_tokenizer, writes
 
@@ -24,7 +27,7 @@ def loud_model() -> Model:
     config = loud_config()
     tensors = loud_tensors(config)
     freqs = (1 / config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)).astype(np.float32)
-    weights = gather_weights(config, lambda name: Tensor(tensors[name], "float32"), freqs)
+    weights = gather_weights(config, lambda name: Tensor(tensors[name], "float32") if name in tensors else None, freqs)
     return Model(config, weights, ops, backend="numpy")
 
 
@@ -189,7 +192,17 @@ def test_a_count_below_one_is_an_error(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1}, {"top_k": VOCABULARY + 1}, {"top_p": 0}, {"min_p": 2}, {"seed": -1}, {"stop": "x"}],
+    [
+        {"temperature": -1},
+        {"top_k": VOCABULARY + 1},
+        {"top_p": 0},
+        {"min_p": 2},
+        {"seed": -1},
+        {"stop": "x"},
+        {"lookup": -1},
+        {"lookup": 1.5},
+        {"cache_dtype": "int4"},
+    ],
 )
 def test_settings_are_checked_before_the_first_step(settings: dict[str, Any]) -> None:
     with pytest.raises(NpllamaError):
@@ -236,7 +249,8 @@ def test_a_finished_generation_holds_all_but_its_last_token() -> None:
     assert cache.length == 3 + 4 - 1
 
 
-def test_its_own_cache_is_no_larger_than_needed() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_its_own_cache_is_no_larger_than_needed_and_of_the_dtype_that_was_asked_for(dtype: str) -> None:
     model, _ = bigram(max_seq_len=1 << 20)
     made: list[KVCache] = []
     forward = model.forward
@@ -246,8 +260,9 @@ def test_its_own_cache_is_no_larger_than_needed() -> None:
         return forward(tokens, cache, last=last)
 
     model.forward = watch
-    run(model, [1, 2, 3], max_new_tokens=4)
+    run(model, [1, 2, 3], max_new_tokens=4, cache_dtype=dtype)
     assert made[0].capacity == made[0].length == 6
+    assert made[0].dtype == dtype
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
