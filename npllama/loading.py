@@ -75,6 +75,7 @@ def load(
             progress,
             layer_norm=store.config.norm == "layer",
             gated=store.config.gated,
+            at_once=operations.through_layers(weights, store.config) is not None,
         )
     tokenizer = None
     if store.tokenizer_folder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ def compile_kernels(
     *,
     layer_norm: bool = False,
     gated: bool = True,
+    at_once: bool = False,
 ) -> None:
     """Call every kernel that a model needs once, with tiny arrays of the types that it brings.
 
@@ -30,6 +32,8 @@ def compile_kernels(
         Called as ``progress("compiling kernels", done, total)``.
     layer_norm, gated : bool
         The model has LayerNorm, and not RMSNorm; its feed-forward layer has a gate.
+    at_once : bool
+        Its layers are run as one operation (`npllama.kernels.through_layers`).
     """
 
     def stored(*shape: int) -> Tensor:
@@ -56,6 +60,7 @@ def compile_kernels(
         lambda: ops.apply_rope(square[None], square[:1, :1], square[:1, :1]),
         (lambda: ops.glu(square, square, "silu")) if gated else (lambda: ops.activate(square, "silu")),
         lambda: ops.softmax(square),
+        *([lambda: _through_one_layer(ops, stored)] if at_once else ()),
     )
     for done, step in enumerate(steps):
         if progress is not None:
@@ -63,6 +68,22 @@ def compile_kernels(
         step()
     if progress is not None:
         progress("compiling kernels", len(steps), len(steps))
+
+
+def _through_one_layer(ops: Any, stored: Callable[..., Tensor]) -> None:
+    """Run a layer of 32 numbers and one head at once."""
+    config = SimpleNamespace(
+        dim=32, n_heads=1, n_kv_heads=1, head_dim=32, hidden_dim=32, n_layers=1, activation="silu", norm="rms",
+        norm_order="pre", norm_eps=1e-5, qk_norm="none", gated=True, positions="rope", experts=None, score_dim=None,
+        window=lambda i: None,
+    )  # fmt: skip
+    matrices = dict.fromkeys(("wq", "wk", "wv", "wo", "w1", "w3", "w2"), stored(32, 32))
+    norms = dict.fromkeys(("attention_norm", "ffn_norm"), stored(32))
+    others = dict.fromkeys((*(f"{name}_bias" for name in matrices), "q_norm", "k_norm"))
+    weights = SimpleNamespace(layers=(SimpleNamespace(**matrices, **norms, **others),))
+    cache = SimpleNamespace(length=0, room=lambda: np.zeros((2, 1, 1, 1, 32), np.float32))
+    turns = np.zeros((1, 16), np.float32)
+    ops.through_layers(weights, config)(np.zeros((1, 32), np.float32), (turns, turns), cache)
 
 
 def _zeros(dtype: str, shape: tuple[int, ...]) -> Tensor:
