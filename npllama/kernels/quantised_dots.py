@@ -180,6 +180,8 @@ def _rows_int8(
         place, at = GROUP_BYTES * (first + g), 32 * (first + g)
         high, middle, low = simd.load(digits, place), simd.load(digits, place + 64), simd.load(digits, place + 128)
         start, begin = simd.load(corrections, at), simd.load(corrections, at + 16)
+        for line in range(4):  # of the next four rows: the processor itself looks no further than a page of memory
+            simd.prefetch(data, 4 * row + 64 * (4 * g + line))
         upper0, lower0 = _add_int8(data + 64 * g, high, middle, low, start, begin, factors[0, g], upper0, lower0)
         upper1, lower1 = _add_int8(data + b + 64 * g, high, middle, low, start, begin, factors[1, g], upper1, lower1)
         upper2, lower2 = _add_int8(data + c + 64 * g, high, middle, low, start, begin, factors[2, g], upper2, lower2)
@@ -220,6 +222,8 @@ def _rows_int4(
         place, at = GROUP_BYTES * (first + g), 32 * (first + g)
         high, middle, low = simd.load(digits, place), simd.load(digits, place + 64), simd.load(digits, place + 128)
         start, begin = simd.load(corrections, at), simd.load(corrections, at + 16)
+        for line in range(2):  # of the next four rows
+            simd.prefetch(data, 4 * row + 64 * (2 * g + line))
         total0 = _add_int4(data + 32 * g, high, middle, low, start, begin, factors[0, g], total0)
         total1 = _add_int4(data + b + 32 * g, high, middle, low, start, begin, factors[1, g], total1)
         total2 = _add_int4(data + c + 32 * g, high, middle, low, start, begin, factors[2, g], total2)
