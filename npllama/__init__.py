@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from npllama.checkpoint.convert import convert as convert
     from npllama.checkpoint.pull import pull as pull
     from npllama.config import ModelConfig as ModelConfig
+    from npllama.engine import Model as Model
     from npllama.errors import NpllamaError as NpllamaError
     from npllama.generation.batch import generate_batch as generate_batch
     from npllama.generation.generate import generate as generate
     from npllama.generation.writer import Step as Step
     from npllama.loading import Tokenizer as Tokenizer
     from npllama.loading import load as load
-    from npllama.model import Model as Model
     from npllama.taps import record as record
     from npllama.text.chat import dialog_prompt as dialog_prompt
 
 _HOME = {
     "KVCache": "npllama.cache",
-    "Model": "npllama.model",
+    "Model": "npllama.engine",
     "ModelConfig": "npllama.config",
     "NpllamaError": "npllama.errors",
     "Step": "npllama.generation.writer",

@@ -12,8 +12,8 @@ import numpy as np
 
 from npllama import ops
 from npllama.checkpoint.store import Store
+from npllama.engine import Model
 from npllama.errors import BackendError, ParameterError
-from npllama.model import Model
 from npllama.text import tokenizer as text
 from npllama.weights import gather_weights
 

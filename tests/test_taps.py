@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from npllama import ops, record
+from npllama.engine import Model
 from npllama.errors import TapError
 from npllama.kernels import UNMATERIALISED
-from npllama.model import Model
 from npllama.taps import TAPS, Recorder, at_layer, spec_of, tap_names, untapped
 from tests.fixtures.engine import loud_model
 from tests.fixtures.loud import loud_config, loud_tokens

@@ -35,8 +35,8 @@ from npllama.checkpoint.quantize import quantize
 from npllama.checkpoint.store import Store
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.dtypes import PACKINGS, Array, Tensor, narrow, widen
+from npllama.engine import Model
 from npllama.generation.sampling import log_probabilities
-from npllama.model import Model
 
 _TEXT = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "alice.txt"
 _WINDOW = 512

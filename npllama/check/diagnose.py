@@ -18,8 +18,8 @@ from npllama.check.mistakes import DICTIONARY, Mistake
 from npllama.check.pursuit import Case, Guess
 from npllama.check.rerun import Rerun
 from npllama.check.trace import TraceLike
+from npllama.engine import Model
 from npllama.errors import ParameterError
-from npllama.model import Model
 
 Verdict = Literal["named", "no match", "too noisy to say"]
 

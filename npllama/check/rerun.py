@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from npllama import ops
 from npllama.config import ModelConfig
-from npllama.model import Model, forward
+from npllama.engine import Model
+from npllama.model import forward
 from npllama.taps import Tap
 from npllama.weights import Weights
 

@@ -22,7 +22,7 @@ Sink = TypeVar("Sink", bound=TraceSink)
 
 
 class Engine(Protocol):
-    """A model that can be watched: `npllama.model.Model`."""
+    """A model that can be watched: `npllama.engine.Model`."""
 
     config: ModelConfig
     backend: str

@@ -12,8 +12,8 @@ from npllama.checkpoint.quantize import quantize
 from npllama.commands.console import Progress, human, per_second, print_json, print_table
 from npllama.commands.engine import load_model
 from npllama.dtypes import PACKINGS, Tensor, narrow
+from npllama.engine import Model
 from npllama.generation.bench import Limits, Speed, bench
-from npllama.model import Model
 
 #: Numbers to read, 1 GiB: there are caches of hundreds of MB.
 _STREAM = 1 << 28

@@ -8,9 +8,9 @@ import sys
 
 from npllama.commands.console import notice
 from npllama.commands.engine import CACHE_DTYPES, load_model, sampling_settings, tell_if_outgrown
+from npllama.engine import Model
 from npllama.errors import ContextOverflowError
 from npllama.generation.conversation import Conversation
-from npllama.model import Model
 
 _DEFAULT_CONTEXT = 8192
 _HELP = "Ctrl-C stops an answer, Ctrl-D leaves, /clear starts anew"

@@ -13,9 +13,9 @@ from npllama.check.reports import headers, html_report, junit_report, summary_li
 from npllama.check.run import run_trace
 from npllama.check.trace import Trace, TraceLike
 from npllama.commands.console import Progress, notice, print_json, print_table
+from npllama.engine import Model
 from npllama.errors import FileAccessError
 from npllama.loading import load
-from npllama.model import Model
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from npllama.commands.console import Progress, notice
+from npllama.engine import Model
 from npllama.errors import FileAccessError, TokenizerError
 from npllama.generation.prefill import reach
 from npllama.loading import load
-from npllama.model import Model
 
 #: Value of --cache-dtype -> dtype of `KVCache`.
 CACHE_DTYPES = {"f32": "float32", "bf16": "bfloat16"}

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 from npllama.commands.console import notice, per_second, print_json, visible
 from npllama.commands.engine import CACHE_DTYPES, load_model, read_text, sampling_settings, tell_if_outgrown
+from npllama.engine import Model
 from npllama.errors import ParameterError
 from npllama.generation.batch import generate_batch
 from npllama.generation.bench import Timed
 from npllama.generation.generate import generate
 from npllama.generation.prompt import Prompt, prompt_ids
 from npllama.generation.writer import Step
-from npllama.model import Model
 
 
 def run(options: argparse.Namespace) -> int:

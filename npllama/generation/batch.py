@@ -7,13 +7,13 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 from npllama.cache import KVCache
+from npllama.engine import Model
 from npllama.errors import NpllamaError
 from npllama.generation.plan import Plan, Settings, check_count, plan
 from npllama.generation.prefill import PREFILL_CHUNK, announce
 from npllama.generation.prompt import Prompt
 from npllama.generation.sampling import Sampling, random_generator
 from npllama.generation.writer import Step, Writer
-from npllama.model import Model
 
 _SEEDS = 1 << 64
 

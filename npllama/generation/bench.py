@@ -10,12 +10,12 @@ from statistics import median
 import numpy as np
 
 from npllama.cache import KVCache
+from npllama.engine import Model
 from npllama.errors import ContextOverflowError, ParameterError
 from npllama.generation.cost import positions_seen, prefill_operations
 from npllama.generation.prefill import PREFILL_CHUNK, prefill
 from npllama.generation.sampling import is_integer
 from npllama.generation.writer import Step
-from npllama.model import Model
 
 
 class Timed:

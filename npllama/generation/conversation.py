@@ -7,10 +7,10 @@ from contextlib import closing
 from typing import Any
 
 from npllama.cache import KVCache
+from npllama.engine import Model
 from npllama.generation.generate import generate
 from npllama.generation.prompt import prompt_ids
 from npllama.generation.writer import Step
-from npllama.model import Model
 
 
 class Conversation:

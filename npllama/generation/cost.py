@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from npllama.model import Model
+from npllama.engine import Model
 
 
 def positions_seen(model: Model, first: int, count: int) -> float:

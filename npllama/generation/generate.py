@@ -8,13 +8,13 @@ from itertools import zip_longest
 import numpy as np
 
 from npllama.cache import KVCache
+from npllama.engine import Model
 from npllama.generation.lookup import Lookup
 from npllama.generation.plan import Plan, Settings, check_count, plan
 from npllama.generation.prefill import PREFILL_CHUNK, prefill, reach
 from npllama.generation.prompt import Prompt
 from npllama.generation.sampling import Sampling
 from npllama.generation.writer import Step
-from npllama.model import Model
 
 
 def generate(

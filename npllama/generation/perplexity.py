@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from npllama.cache import KVCache
+from npllama.engine import Model
 from npllama.errors import ContextOverflowError, ParameterError
 from npllama.generation.prefill import prefill
 from npllama.generation.prompt import prompt_ids
 from npllama.generation.sampling import is_integer, log_probabilities
-from npllama.model import Model
 
 DEFAULT_CONTEXT = 512
 _SMALLEST_CONTEXT = 4

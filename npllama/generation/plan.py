@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npllama.cache import KVCache
+from npllama.engine import Model
 from npllama.errors import ContextOverflowError, ParameterError, TokenizerError
 from npllama.generation.prompt import Prompt, prompt_ids
 from npllama.generation.sampling import Sampling, is_integer, random_generator
 from npllama.generation.stop import StopStrings
 from npllama.generation.writer import Writer
-from npllama.model import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

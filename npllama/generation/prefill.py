@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from npllama.cache import KVCache
-from npllama.model import Model
+from npllama.engine import Model
 
 PREFILL_CHUNK = 512
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from npllama.engine import Model
 from npllama.errors import ParameterError, TokenizerError
 from npllama.generation.sampling import is_integer
-from npllama.model import Model
 from npllama.text.chat import dialog_prompt
 
 #: A text, token ids, or the messages of a dialog ({"role": ..., "content": ...}).

@@ -11,7 +11,7 @@ from npllama.check.run import run_trace
 from npllama.check.trace import MemoryTrace, TraceLike
 from npllama.check.trace_format import forward_rank
 from npllama.config import ModelConfig, RopeScaling
-from npllama.model import Model
+from npllama.engine import Model
 from tests.check.family_models import MODELS
 from tests.check.planted import PLANTED
 from tests.check.wrong_engine import WrongModel, build

@@ -16,7 +16,7 @@ from npllama import ops
 from npllama.cache import KVCache
 from npllama.config import ModelConfig
 from npllama.dtypes import Array, Tensor, narrow
-from npllama.model import Model
+from npllama.engine import Model
 from npllama.taps import Recorder, Tap
 from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST

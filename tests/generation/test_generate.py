@@ -11,12 +11,12 @@ import pytest
 from npllama import ops
 from npllama.cache import KVCache
 from npllama.dtypes import Tensor
+from npllama.engine import Model
 from npllama.errors import ContextOverflowError, NpllamaError, ParameterError, TokenizerError
 from npllama.generation.generate import generate
 from npllama.generation.prompt import prompt_ids
 from npllama.generation.sampling import log_probabilities
 from npllama.generation.writer import Step
-from npllama.model import Model
 from npllama.weights import gather_weights
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
 from tests.generation.fakes import ASSISTANT, BOS, EOS, USER, VOCABULARY, FakeModel, bigram, byte_tokenizer, writes

@@ -14,10 +14,10 @@ import npllama
 from npllama import ops
 from npllama.cache import KVCache
 from npllama.config import Experts
+from npllama.engine import Model
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.paths import twins
 from npllama.kernels.through_layers import through_layers
-from npllama.model import Model
 from tests.fixtures.engine import FAST, loud_model
 from tests.fixtures.loud import loud_config, loud_tokens
 

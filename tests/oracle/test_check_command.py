@@ -12,8 +12,8 @@ import pytest
 
 from npllama import ops
 from npllama.check.diagnose import Diagnosis
+from npllama.engine import Model
 from npllama.kernels import UNMATERIALISED
-from npllama.model import Model
 from npllama.taps import tap_names
 from oracle.__main__ import main
 from tests.fixtures.loud import loud_config, loud_tokens
