@@ -84,21 +84,7 @@ class Attending:
     ) -> Array:
         """Do `attention` to several sequences laid end to end, in one parallel loop.
 
-        Parameters
-        ----------
-        q : ndarray of shape (T, H, Dh), float32
-            Queries: those of the first sequence, of the second ...
-        counts : sequence of int
-            How many belong to each.
-        caches : sequence of (keys, values)
-            Of each sequence, ndarrays of shape (S, K, Dh), where S may differ.
-        divisor, window
-            As for `npllama.ops.attention`.
-
-        Returns
-        -------
-        ndarray of shape (T, H, Dh), float32
-            The part of each sequence is, bit by bit, what it would be alone.
+        The part of each sequence is, bit by bit, what it would be alone. See `npllama.ops.attentions`.
         """
         q = np.ascontiguousarray(q)
         context = np.empty_like(q)
@@ -306,6 +292,8 @@ def _merge(
             gathered[:] = 0
             total = np.float32(0)
             for part in range(begin, end):
+                if totals[part, m] == 0:  # a span of which this query sees no key: its part is no number
+                    continue
                 weight = totals[part, m] * exp2(peaks[part, m] - peak)
                 total += weight
                 for d in range(len(gathered)):

@@ -69,6 +69,19 @@ def test_attention(path: str | None, heads: tuple[int, int], window: int | None)
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("n_new", "n_past", "window"), [(20, 500, None), (3, 511, None), (33, 1010, None), (100, 800, 450)]
+)
+def test_queries_on_both_sides_of_where_keys_are_divided(
+    path: str | None, n_new: int, n_past: int, window: int | None
+) -> None:
+    for heads in ((4, 2), (2, 2), (6, 1)):
+        q, keys, values = qkv(n_new, n_past, heads, 64)
+        expected = truth(q, keys, values, window=window)
+        assert_close(attending(path).attention(q, keys, values, untapped, window=window), expected)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head_dim", [2, 10, 64, 80, 128])
 @pytest.mark.parametrize("n_new", [1, 40])
 def test_attention_with_heads_of_any_width(path: str | None, head_dim: int, n_new: int) -> None:
