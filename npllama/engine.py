@@ -64,6 +64,11 @@ class Model:
         return KVCache(self.config, capacity)
 
     @property
+    def runs_at_once(self) -> bool:
+        """Tell whether all layers can be one operation where nobody watches."""
+        return self._at_once is not None
+
+    @property
     def nbytes_per_token(self) -> int:
         """Bytes of weights that decoding one token reads: every matrix once, of experts those that are asked.
 
@@ -171,11 +176,8 @@ class Model:
         Its keys were turned by the frequencies of short texts, and those of long ones hold from here on, for every
         position. transformers does the same when it generates.
         """
-        scaling = self.config.rope_scaling
-        if scaling is None or self.weights.rope_freqs_long is None or cache.length == 0:
-            return
         before, after = max(cache.horizon, cache.length), max(cache.horizon, cache.length + n_new)
-        if before <= scaling.original_max_seq_len < after:
+        if cache.length > 0 and self.config.is_long(after) and not self.config.is_long(before):
             cache.reserve(n_new)
             seen = cache.tokens.copy()
             cache.truncate(0)

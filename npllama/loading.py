@@ -40,7 +40,7 @@ def load(
     backend : {"fast", "numpy", "float64"}
         Compiled kernels; the textbook in float32, without Numba; or the textbook in float64, the truth.
     threads : int, optional
-        Threads that the kernels, or without them BLAS, may use; by default the processors of this process.
+        Threads that the kernels, or without them BLAS, may use; by default one for each core of this process.
     kernels : {"amx", "avx512", "portable"}, optional
         Instructions that the fast backend may use; by default the best that the processor has.
     special_tokens : sequence of str
@@ -66,22 +66,11 @@ def load(
         raise ParameterError(f"kernels were chosen ({kernels!r}), but the backend is {backend!r}, which has none")
     operations: Any = ops if backend != "fast" else _with_kernels(kernels)
     count = _limit_threads(threads, backend)
-    if backend == "fast":
-        from npllama.kernels.warmup import compile_kernels
-
-        compile_kernels(
-            operations,
-            weights.output.dtype,
-            progress,
-            layer_norm=store.config.norm == "layer",
-            gated=store.config.gated,
-            at_once=operations.through_layers(weights, store.config) is not None,
-        )
     tokenizer = None
     if store.tokenizer_folder is not None:
         tokenizer = text.Tokenizer.from_path(store.tokenizer_folder, special_tokens=special_tokens)
         tokenizer.check_model_rows(store.config.vocab_size)
-    return Model(
+    model = Model(
         store.config,
         weights,
         operations,
@@ -91,6 +80,18 @@ def load(
         tokenizer=tokenizer,
         notice=_notice(store),
     )
+    if backend == "fast":
+        from npllama.kernels.warmup import compile_kernels
+
+        compile_kernels(
+            operations,
+            weights.output.dtype,
+            progress,
+            layer_norm=store.config.norm == "layer",
+            gated=store.config.gated,
+            at_once=model.runs_at_once,
+        )
+    return model
 
 
 def _notice(store: Store) -> str | None:
@@ -122,7 +123,7 @@ def _limit_threads(threads: int | None, backend: str) -> int:
     halve the speed, so BLAS has one thread where Numba has the others.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = available if threads is None else threads
+    count = physical_cores() if threads is None else threads
     if not 1 <= count <= available:
         raise ParameterError(f"{count} threads were asked for; this process may use 1 to {available}")
     import threadpoolctl
@@ -133,6 +134,13 @@ def _limit_threads(threads: int | None, backend: str) -> int:
 
         use_threads(count)
     return count
+
+
+def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Count the cores that this process may use, two threads of one core as one."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = (topology / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in allowed)
+    return len({file.read_text() if file.exists() else str(file) for file in siblings})
 
 
 class Tokenizer(text.Tokenizer):

@@ -175,7 +175,7 @@ def rope_at(weights: Weights, config: ModelConfig, ops: Ops, start: int, count: 
     scaling = config.rope_scaling
     if scaling is None or weights.rope_freqs_long is None:
         return [*ops.rope_tables(weights.rope_freqs, start, count)]
-    freqs = weights.rope_freqs_long if horizon > scaling.original_max_seq_len else weights.rope_freqs
+    freqs = weights.rope_freqs_long if config.is_long(horizon) else weights.rope_freqs
     return [*ops.rope_tables(freqs, start, count, scaling.attention_factor)]
 
 

@@ -322,8 +322,9 @@ def gelu(x: Array) -> Array:
 
     Hendrycks and Gimpel, https://arxiv.org/abs/1606.08415.
     """
-    erf = np.vectorize(math.erf, otypes=[x.dtype])  # NumPy has none
-    y: Array = x * (1 + erf(x / math.sqrt(2))) / 2
+    scaled = x / math.sqrt(2)
+    erf = np.fromiter(map(math.erf, scaled.ravel().tolist()), x.dtype, x.size).reshape(x.shape)  # NumPy has none
+    y: Array = x * (1 + erf) / 2
     return y
 
 

@@ -63,7 +63,7 @@ layers.{i}.q_norm              | T H Dh | q / sqrt(mean(q²) + eps) * q_norm.wei
 layers.{i}.k_norm              | T K Dh | k / sqrt(mean(k²) + eps) * k_norm.weight                      | qk-norm
 layers.{i}.q_rope              | T H Dh | each pair of q turned by position * freqs                     | rope
 layers.{i}.k_rope              | T K Dh | each pair of k turned by position * freqs                     | rope
-layers.{i}.scores              | H T S  | q_rope · keysᵀ / sqrt(Dh), -inf where a key lies in the future | -
+layers.{i}.scores              | H T S  | q_rope · keysᵀ / sqrt(Dh), -inf where a key lies in the future or outside of the window | -
 layers.{i}.probs               | H T S  | softmax(scores) along S                                       | -
 layers.{i}.context             | T H Dh | probs · values                                                | -
 layers.{i}.attention_out       | T D    | context · woᵀ                                                 | -
@@ -77,7 +77,7 @@ layers.{i}.up                  | T F    | ffn_norm · w3ᵀ                     
 layers.{i}.ffn_act             | T F    | silu(gate) * up                                               | dense
 layers.{i}.router_logits       | T E    | ffn_norm · routerᵀ                                            | experts
 layers.{i}.router_probs        | T E    | softmax(router_logits) along E                                | experts
-layers.{i}.router_weights      | T E    | the A largest of router_probs, 0 elsewhere                    | experts
+layers.{i}.router_weights      | T E    | the A largest of router_probs (scaled to a sum of 1 or not), 0 elsewhere | experts
 layers.{i}.expert_gate         | T A Fe | ffn_norm · w1ᵀ of each expert asked, in ascending order       | experts
 layers.{i}.expert_up           | T A Fe | ffn_norm · w3ᵀ of each expert asked                           | experts
 layers.{i}.expert_act          | T A Fe | silu(expert_gate) * expert_up                                 | experts

@@ -74,7 +74,7 @@ class TorchDecoder:
             Logits.
         """
         before, after = len(self.tokens), len(self.tokens) + len(tokens)
-        if before and self._is_long(after) and not self._is_long(before):
+        if before and self.config.is_long(after) and not self.config.is_long(before):
             seen = self.tokens
             self._forget()
             self._run(seen, after, untapped)
@@ -86,13 +86,9 @@ class TorchDecoder:
         self._keys = [empty] * self.config.n_layers
         self._values = [empty] * self.config.n_layers
 
-    def _is_long(self, n_all: int) -> bool:
-        scaling = self.config.rope_scaling
-        return scaling is not None and scaling.kind == "longrope" and n_all > scaling.original_max_seq_len
-
     def _turns(self, start: int, count: int, n_all: int) -> torch.Tensor | None:
         """Return the turns of positions from ``start`` on in a text of ``n_all``, (T, Dh/2); None without RoPE."""
-        freqs, scaling = self._freqs[self._is_long(n_all)], self.config.rope_scaling
+        freqs, scaling = self._freqs[self.config.is_long(n_all)], self.config.rope_scaling
         if freqs is None:
             return None
         return turns(freqs, start, count, 1.0 if scaling is None else scaling.attention_factor)

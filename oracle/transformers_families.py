@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from npllama.checkpoint.spellings import HF
 from npllama.config import ModelConfig, RopeScaling
 from npllama.errors import UnsupportedError
 
@@ -45,10 +44,10 @@ class Family:
 
 def family_of(config: ModelConfig) -> Family:
     """Return the implementation of a model's family; UnsupportedError if there is none here."""
-    if config.family not in FAMILIES or config.family not in HF:
+    if config.family not in FAMILIES:
         raise UnsupportedError(
             f"the family {config.family!r} is not run with transformers",
-            remedy=f"Families that are: {', '.join(name for name in FAMILIES if name in HF)}.",
+            remedy=f"Families that are: {', '.join(FAMILIES)}.",
         )
     return FAMILIES[config.family]
 
@@ -140,7 +139,7 @@ def _qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def _phi3(config: ModelConfig) -> dict[str, Any]:
-    settings = {**_common(config), **_window(config)}
+    settings = _mistral(config)
     if config.rope_scaling is not None and config.rope_scaling.kind == "longrope":
         original = config.rope_scaling.original_max_seq_len
         settings["original_max_position_embeddings"] = original

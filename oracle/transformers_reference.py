@@ -80,7 +80,7 @@ class TransformersModel:
         self._tap, self._n_new = tap, len(tokens)
         if not self._family.cached:
             return self._run(self._tokens)
-        if before and self._is_long(len(self._tokens)) and not self._is_long(before):
+        if before and self.config.is_long(len(self._tokens)) and not self.config.is_long(before):
             self._cache = DynamicCache()  # as transformers' own `generate` does
             return self._run(self._tokens, past_key_values=self._cache)
         return self._run(tokens, past_key_values=self._cache)
@@ -88,10 +88,6 @@ class TransformersModel:
     def _run(self, tokens: Sequence[int], **settings: Any) -> torch.Tensor:
         logits: torch.Tensor = self._model(torch.tensor([list(tokens)]), **settings).logits
         return logits[0, -self._n_new :]
-
-    def _is_long(self, n_all: int) -> bool:
-        scaling = self.config.rope_scaling
-        return scaling is not None and scaling.kind == "longrope" and n_all > scaling.original_max_seq_len
 
     def _see(self, name: str, x: torch.Tensor) -> None:
         if name not in self._known:

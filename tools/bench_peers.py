@@ -20,9 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from npllama.loading import physical_cores
 from tools.environment import say
 from tools.peers.engines import ENGINES, OWN, WORKERS, Engine, Interpreters, environment, prepare
-from tools.peers.machine import physical_cores, processor
+from tools.peers.machine import processor
 from tools.peers.models import SHAPES, unread_share
 from tools.peers.process import Unavailable, Worker
 from tools.peers.results import Results, as_json, as_text, merged
@@ -107,7 +108,7 @@ def measure(
 
 
 def turn(engines: list[Engine], number: int) -> list[Engine]:
-    """Return the engines in the order of a round: each begins once, so that none always follows the same other."""
+    """Return the engines in the order of a round: another one begins each time."""
     first = number % max(len(engines), 1)
     return engines[first:] + engines[:first]
 

@@ -114,11 +114,8 @@ class Rerun:
 
 
 def _outgrown(run: Rerun, before: int, after: int) -> bool:
-    """Tell whether a longrope model's text grows beyond its original context; see `npllama.model.Model.forward`."""
-    scaling = run.config.rope_scaling
-    if scaling is None or run.weights.rope_freqs_long is None:
-        return False
-    return before <= scaling.original_max_seq_len < after
+    """Tell whether a longrope model's text grows beyond its original context; see `npllama.engine.Model.forward`."""
+    return run.config.is_long(after) and not run.config.is_long(before)
 
 
 def _remembering(step: int, watch: Callable[[int, str, Array], Array], seen: Seen) -> Tap:

@@ -41,7 +41,7 @@ def tokenizer_files(folder: str, names: list[str], prefer: str) -> dict[str, byt
     in_original = _ORIGINAL in names and META in file_names(original)
     if in_original and (prefer == META or HUGGING_FACE not in names):
         return {META: read_file(join(original, META))}
-    chosen = next((name for name in dict.fromkeys((prefer, HUGGING_FACE, META)) if name in names), None)
+    chosen = next((name for name in (prefer, HUGGING_FACE, META) if name in names), None)
     if chosen is None:
         return {}
     companions = () if prefer == META == chosen else _COMPANIONS

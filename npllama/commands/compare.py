@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
-from pathlib import Path
 
 from npllama.check.compare import compare
 from npllama.check.report import Report
 from npllama.check.reports import headers, html_report, junit_report, summary_lines, table_rows
 from npllama.check.run import run_trace
 from npllama.check.trace import Trace, TraceLike
-from npllama.commands.console import Progress, notice, print_json, print_table
+from npllama.commands.console import Progress, notice, print_json, print_table, write_text
 from npllama.engine import Model
-from npllama.errors import FileAccessError
 from npllama.loading import load
 
 
@@ -33,8 +30,10 @@ def run(options: argparse.Namespace) -> int:
         report = replace(report, notes=(*report.notes, added))
     if model is not None and report.verdict != "match":
         report = _diagnosed(report, model, candidate, reference)
-    _write(options.html, html_report, report)
-    _write(options.junit, junit_report, report)
+    if options.html is not None:
+        write_text(options.html, html_report(report))
+    if options.junit is not None:
+        write_text(options.junit, junit_report(report))
     if options.json:
         print_json(report.to_json())
     else:
@@ -50,13 +49,3 @@ def _diagnosed(report: Report, model: Model, candidate: TraceLike, reference: Tr
     with Progress() as progress:
         found = diagnose(model, candidate, reference, progress=progress)
     return report.diagnosed(found.name, found.sentence, found.margin)
-
-
-def _write(file: str | os.PathLike[str] | None, form: object, report: Report) -> None:
-    if file is None:
-        return
-    assert callable(form)
-    try:
-        Path(file).write_text(form(report), encoding="utf-8")
-    except OSError as problem:
-        raise FileAccessError(f"cannot write: {problem.strerror or problem}", file=file) from None

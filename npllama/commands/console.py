@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +26,14 @@ def print_json(values: Mapping[str, Any]) -> None:
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
     print(json.dumps(finite, allow_nan=False))
+
+
+def write_text(file: str | os.PathLike[str], text: str) -> None:
+    """Write a text file; DiskSpaceError or FileAccessError if that cannot be."""
+    from npllama.checkpoint.store.disk import disk_errors
+
+    with disk_errors(Path(file)):
+        Path(file).write_text(text, encoding="utf-8")
 
 
 def visible(piece: str) -> str:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from npllama.checkpoint.audit import Audit, audit
 from npllama.checkpoint.convert import convert
-from npllama.commands.console import Progress, human, notice
-from npllama.commands.verify import record
-from npllama.errors import FileAccessError
+from npllama.commands.console import Progress, human, notice, write_text
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,21 +26,14 @@ def run(options: argparse.Namespace) -> int:
         )
         found = options.audit and audit(options.src, folder, rope_factor=options.rope_factor, progress=progress)
     if found:
-        _write(options.audit, found)
+        write_text(options.audit, json.dumps(found.to_json(), indent=1) + "\n")
         notice(_summary(found))
     if options.golden:
+        from npllama.commands.verify import record
+
         record(folder)
     print(folder)
     return 0
-
-
-def _write(path: str, found: Audit) -> None:
-    try:
-        Path(path).write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-    except OSError as problem:
-        raise FileAccessError(
-            f"cannot write the audit: {problem.strerror}", file=path, remedy="Check the path and its permissions."
-        ) from None
 
 
 def _summary(found: Audit) -> str:

@@ -11,7 +11,7 @@ from npllama.commands.console import notice, per_second, print_json, visible
 from npllama.commands.engine import CACHE_DTYPES, load_model, read_text, sampling_settings, tell_if_outgrown
 from npllama.engine import Model
 from npllama.errors import ParameterError
-from npllama.generation.batch import generate_batch
+from npllama.generation.batch import batch_ids, generate_batch
 from npllama.generation.bench import Timed
 from npllama.generation.generate import generate
 from npllama.generation.prompt import Prompt, prompt_ids
@@ -69,7 +69,7 @@ def _run_batch(options: argparse.Namespace) -> int:
         )
     lines = io.StringIO(read_text(None if options.batch == "-" else options.batch))
     model = load_model(options)
-    prompts = [_prompt(model, _without_newline(line), raw=options.raw) for line in lines]
+    prompts = batch_ids(model, [_prompt(model, _without_newline(line), raw=options.raw) for line in lines])
     steps = generate_batch(
         model,
         prompts,
@@ -77,7 +77,7 @@ def _run_batch(options: argparse.Namespace) -> int:
         cache_dtype=CACHE_DTYPES[options.cache_dtype],
         **sampling_settings(options),
     )
-    texts: list[tuple[list[int], list[Step]]] = [(prompt_ids(model, prompt), []) for prompt in prompts]
+    texts: list[tuple[list[int], list[Step]]] = [(prompt, []) for prompt in prompts]
     for index, step in steps:
         ids, written = texts[index]
         written.append(step)

@@ -222,6 +222,11 @@ class ModelConfig:
         """Return how many positions a layer sees; None for all."""
         return self.windows[layer] or None if self.windows else None
 
+    def is_long(self, n_positions: int) -> bool:
+        """Tell whether a text of so many positions has the second of a longrope model's two sets of frequencies."""
+        scaling = self.rope_scaling
+        return scaling is not None and scaling.kind == "longrope" and n_positions > scaling.original_max_seq_len
+
     def features(self, layer: int = 0) -> frozenset[str]:
         """Name everything that decides which tensors a layer has, and which it computes.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from npllama.cache import KVCache
@@ -11,7 +12,7 @@ from npllama.engine import Model
 from npllama.errors import NpllamaError
 from npllama.generation.plan import Plan, Settings, check_count, plan
 from npllama.generation.prefill import PREFILL_CHUNK, announce
-from npllama.generation.prompt import Prompt
+from npllama.generation.prompt import Prompt, prompt_ids
 from npllama.generation.sampling import Sampling, random_generator
 from npllama.generation.writer import Step, Writer
 
@@ -91,12 +92,28 @@ def generate_batch(
     return _steps(model, waiting, lanes, chunk)
 
 
-def _plan(model: Model, index: int, prompt: Prompt, settings: Settings, seed: int | None) -> tuple[int, Plan]:
-    """Prepare a prompt; what is wrong with it is said to be wrong with that one."""
+def batch_ids(model: Model, prompts: Iterable[Prompt]) -> list[list[int]]:
+    """Turn prompts into token ids, as `generate_batch` does; what is wrong with one is named ``prompts[i]``."""
+    found = []
+    for index, prompt in enumerate(prompts):
+        with _named(index):
+            found.append(prompt_ids(model, prompt))
+    return found
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Say of an error of the block which prompt is at fault."""
     try:
-        return index, plan(model, prompt, settings, seed)
+        yield
     except NpllamaError as problem:
         raise type(problem)(problem.message, remedy=problem.remedy, record=f"prompts[{index}]") from None
+
+
+def _plan(model: Model, index: int, prompt: Prompt, settings: Settings, seed: int | None) -> tuple[int, Plan]:
+    """Prepare a prompt; what is wrong with it is said to be wrong with that one."""
+    with _named(index):
+        return index, plan(model, prompt, settings, seed)
 
 
 @dataclass(slots=True)

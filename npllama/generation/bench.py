@@ -11,10 +11,10 @@ import numpy as np
 
 from npllama.cache import KVCache
 from npllama.engine import Model
-from npllama.errors import ContextOverflowError, ParameterError
+from npllama.errors import ContextOverflowError
 from npllama.generation.cost import positions_seen, prefill_operations
+from npllama.generation.plan import check_count
 from npllama.generation.prefill import PREFILL_CHUNK, prefill
-from npllama.generation.sampling import is_integer
 from npllama.generation.writer import Step
 
 
@@ -187,8 +187,7 @@ def bench(
     and the mapped weights are in memory when the clock starts.
     """
     for name, value in (("prompt", prompt), ("decode", decode), ("rounds", rounds)):
-        if not is_integer(value) or value < 1:
-            raise ParameterError(f"{name} is {value!r}, expected an integer of 1 or more")
+        check_count(name, value)
     if prompt + decode > model.config.max_seq_len:
         raise ContextOverflowError(
             f"{prompt} and {decode} tokens do not fit into the model's context of {model.config.max_seq_len}"

@@ -58,6 +58,6 @@ def reach(model: Model, length: int) -> int:
     It is the model's context, but for a longrope model whose text is within the original one still.
     """
     config, scaling = model.config, model.config.rope_scaling
-    if scaling is None or scaling.kind != "longrope" or length > scaling.original_max_seq_len:
+    if scaling is None or scaling.kind != "longrope" or config.is_long(length):
         return config.max_seq_len
     return min(scaling.original_max_seq_len, config.max_seq_len)

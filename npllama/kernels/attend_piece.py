@@ -21,6 +21,8 @@ from numba.np import arrayobj
 
 from npllama.dtypes import Array
 from npllama.kernels.jit import compiled, widened
+from npllama.kernels.memory import aligned
+from npllama.kernels.portable import dot_tile
 from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, power_of_two, store, transpose
 from npllama.kernels.simd import fused_multiply_add as fma
 
@@ -152,9 +154,10 @@ def attend_many(
     width = (head_dim + 15) // 16 * 16
     n_queries = piece.rows * piece.group
     n_panels = (n_queries + _LANES - 1) // _LANES
-    lying = _aligned(n_panels * _LANES * width).reshape(n_panels, _LANES, width)
-    queries = _aligned(n_panels * width * _LANES).reshape(n_panels, width, _LANES)
-    sums = _aligned(n_panels * width * _LANES).reshape(n_panels, width, _LANES)
+    lying = aligned(n_panels * _LANES * width, q).reshape(n_panels, _LANES, width)
+    queries = aligned(n_panels * width * _LANES, q).reshape(n_panels, width, _LANES)
+    sums = aligned(n_panels * width * _LANES, q).reshape(n_panels, width, _LANES)
+    lying[:], sums[:] = _ZERO, _ZERO
     for m in range(n_queries):
         for d in range(head_dim):
             lying[m // _LANES, m % _LANES, d] = q[piece.row + m // piece.group, piece.head + m % piece.group, d] * scale
@@ -162,7 +165,7 @@ def attend_many(
     peaks = np.full((n_panels, _LANES), _LOWEST, np.float32)
     totals = np.zeros((n_panels, _LANES), np.float32)
     keys, values = np.zeros((_BLOCK, width), np.float32), np.zeros((_BLOCK, width), np.float32)
-    scores = _aligned(_BLOCK * _LANES).reshape(_BLOCK, _LANES)
+    scores = aligned(_BLOCK * _LANES, q).reshape(_BLOCK, _LANES)
     for start in range(piece.start, piece.stop, _BLOCK):
         n_keys = min(_BLOCK, piece.stop - start)
         _widen(piece.keys + start * piece.stride, piece.stride, like, n_keys, head_dim, keys)
@@ -192,14 +195,6 @@ def attend_many(
         for d in range(head_dim):
             context[row + m // piece.group, head + m % piece.group, d] = lying[panel, lane, d] / totals[panel, lane]
     return peaks.reshape(-1), totals.reshape(-1)
-
-
-@compiled()
-def _aligned(size: int) -> Any:
-    """Return zeros, float32, that begin with a cache line of 64 bytes: a vector then never lies in two."""
-    room = np.zeros(size + 15, np.float32)
-    skipped = -(room.ctypes.data // 4) % 16
-    return room[skipped : skipped + size]
 
 
 @compiled()
@@ -353,7 +348,7 @@ def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: 
         keys = _block(piece.keys + start * piece.stride, piece.stride, n_keys, spare)
         for m in range(0, padded, 4):
             for s in range(0, n_keys, 4):
-                _dots(queries[m : m + 4], keys[s : s + 4], weights[m : m + 4, s : s + 4])
+                dot_tile(queries[m : m + 4], keys[s : s + 4], weights[m : m + 4, s : s + 4])
         for m in range(n_queries):
             first, end = _seen(piece, m, start)
             for s in range(first):
@@ -381,26 +376,6 @@ def _block(address: int, stride: int, count: int, spare: Array) -> Any:
         for d in range(spare.shape[1]):
             spare[s, d] = stored[s, d]
     return spare
-
-
-@compiled(inline=True)
-def _dots(x: Array, w: Array, y: Array) -> None:
-    """Fill y (4, 4) with x (4, Dh) · w (4, Dh)ᵀ: sixteen sums that the compiler keeps in vector registers."""
-    a0 = a1 = a2 = a3 = _ZERO
-    b0 = b1 = b2 = b3 = _ZERO
-    c0 = c1 = c2 = c3 = _ZERO
-    d0 = d1 = d2 = d3 = _ZERO
-    for j in range(x.shape[1]):
-        w0, w1, w2, w3 = widened(w[0, j]), widened(w[1, j]), widened(w[2, j]), widened(w[3, j])
-        a, b, c, d = x[0, j], x[1, j], x[2, j], x[3, j]
-        a0, a1, a2, a3 = a0 + a * w0, a1 + a * w1, a2 + a * w2, a3 + a * w3
-        b0, b1, b2, b3 = b0 + b * w0, b1 + b * w1, b2 + b * w2, b3 + b * w3
-        c0, c1, c2, c3 = c0 + c * w0, c1 + c * w1, c2 + c * w2, c3 + c * w3
-        d0, d1, d2, d3 = d0 + d * w0, d1 + d * w1, d2 + d * w2, d3 + d * w3
-    y[0, 0], y[0, 1], y[0, 2], y[0, 3] = a0, a1, a2, a3
-    y[1, 0], y[1, 1], y[1, 2], y[1, 3] = b0, b1, b2, b3
-    y[2, 0], y[2, 1], y[2, 2], y[2, 3] = c0, c1, c2, c3
-    y[3, 0], y[3, 1], y[3, 2], y[3, 3] = d0, d1, d2, d3
 
 
 @compiled()

@@ -11,7 +11,7 @@ from npllama.dtypes import Array
 from npllama.kernels import simd
 from npllama.kernels.activation import _glu
 from npllama.kernels.attend import _TILE as _TILE_OF_QUERIES
-from npllama.kernels.attend import _attend_piece, _merge, _pieces
+from npllama.kernels.attend import _UNLIMITED, _attend_piece, _merge, _pieces
 from npllama.kernels.attend_piece import _matrix_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.norm import _rms_norm
@@ -97,7 +97,7 @@ class Own(NamedTuple):
 
 
 @compiled()
-def count_units(plan: Plan, sequences: Array, windows: Array, unlimited: int) -> Any:
+def count_units(plan: Plan, sequences: Array, windows: Array) -> Any:
     """Return the number of the first unit of each phase, behind them that of all units; and the parts of attention."""
     starts = np.empty(_PHASES * plan.n_layers + 1, np.int64)
     tile = _queries_of_a_tile(plan)
@@ -116,7 +116,7 @@ def count_units(plan: Plan, sequences: Array, windows: Array, unlimited: int) ->
         starts[phase + _DOWN] = at
         at += _units_of(plan.dim)
     starts[-1] = at
-    return starts, _pieces(sequences, plan.n_kv_heads, tile, unlimited)[1]
+    return starts, _pieces(sequences, plan.n_kv_heads, tile, _UNLIMITED)[1]
 
 
 @compiled(inline=True)
@@ -141,12 +141,11 @@ def run_units(
     shapes: Array,
     starts: Array,
     like: Array,
-    wide: bool,
     n_threads: int,
 ) -> None:
     """Run x through all layers, in place; every thread does what is there to do."""
     for _ in prange(n_threads):
-        _work(plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, wide)
+        _work(plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like)
 
 
 @compiled()
@@ -161,7 +160,6 @@ def _work(
     shapes: Array,
     starts: Array,
     like: Array,
-    wide: bool,
 ) -> None:
     """Take units until there are none left."""
     own = _own(plan, sequences)
@@ -210,7 +208,7 @@ def _work(
                 plan.scale,
                 windows[phase // _PHASES],
                 like,
-                wide,
+                True,  # vector registers by name
                 shared.parts,
                 shared.peaks,
                 shared.totals,

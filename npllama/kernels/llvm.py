@@ -22,11 +22,10 @@ _BYTES = 64
 _LANE: dict[Any, Any] = {
     types.float32: ir.FloatType(),
     types.int32: ir.IntType(32),
-    types.uint16: ir.IntType(16),
     types.int8: ir.IntType(8),
     types.uint8: ir.IntType(8),
 }
-_LANE_BYTES: dict[Any, int] = {types.float32: 4, types.int32: 4, types.uint16: 2, types.int8: 1, types.uint8: 1}
+_LANE_BYTES: dict[Any, int] = {types.float32: 4, types.int32: 4, types.int8: 1, types.uint8: 1}
 BYTE, WORD, LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 POINTER = BYTE.as_pointer()
 

@@ -67,7 +67,7 @@ def _band(x: Array, weight: Array, y: Array, first: int) -> None:
     rows = min(4, m - first)
     done = n_new - n_new % 4 if rows == 4 else 0
     for t in range(0, done, 4):
-        _tile(x[t : t + 4], weight[first : first + 4], y[t : t + 4, first : first + 4])
+        dot_tile(x[t : t + 4], weight[first : first + 4], y[t : t + 4, first : first + 4])
     for t in range(done, n_new):
         for i in range(first, first + rows):
             y[t, i] = _dot(x[t], weight[i])
@@ -82,7 +82,7 @@ def _dot(x: Array, w: Array) -> Any:
 
 
 @compiled(inline=True)
-def _tile(x: Array, w: Array, y: Array) -> None:
+def dot_tile(x: Array, w: Array, y: Array) -> None:
     """Fill y (4, 4) with x (4, N) · w (4, N)ᵀ: sixteen sums that the compiler keeps in vector registers."""
     a0 = a1 = a2 = a3 = np.float32(0)
     b0 = b1 = b2 = b3 = np.float32(0)

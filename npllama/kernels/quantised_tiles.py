@@ -18,6 +18,7 @@ A number of the output is one sum in one order, group by group, whatever the thr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     return None
 
 
+@cache
 def _shapes(columns: int) -> Array:
     """Return the shapes of the tiles: 0 and 1 weights, 2 and 3 digits, 4 to 7 sums. See `simd.tile_configure`."""
     shapes = np.zeros(64, np.uint8)
@@ -96,7 +98,7 @@ def _multiply(
     stop: int,
 ) -> None:
     """Add the groups from ``start`` to ``stop`` to every block's partial sums; deliver these behind the last group."""
-    for block in prange(jobs[-1, 5] + (jobs[-1, 4] + 31) // 32):
+    for block in prange(jobs[-1, 5] + (jobs[-1, 4] + _BLOCK - 1) // _BLOCK):
         _multiply_block(
             jobs, shapes, digits, steps, sums, partial, is_int4, n_new, token, columns, groups, start, stop, block
         )
@@ -119,8 +121,8 @@ def _multiply_block(
     stop: int,
     block: int,
 ) -> None:
-    data, scales, minima, output, m, first = job_of(jobs, block, 32)
-    first = min(first, m - 32)
+    data, scales, minima, output, m, first = job_of(jobs, block, _BLOCK)
+    first = min(first, m - _BLOCK)
     factors = _floats(scales, first, groups, start, stop)
     offsets = _floats(minima, first, groups, start, stop) if is_int4 else factors
     weights, stride = data + 64 * (first * groups + start), 64 * groups
@@ -135,9 +137,9 @@ def _multiply_block(
     size = 32 if is_int4 else 64
     ahead, pitch = data + size * ((first + 32) * groups + start), size * groups
     for panel in range(panels):
-        at = (block * panels + panel) * 512
+        at = (block * panels + panel) * _BLOCK * _TOKENS
         if start == 0:
-            partial[at : at + 512] = 0
+            partial[at : at + _BLOCK * _TOKENS] = 0
         place, begin = (panel * groups + start) * columns, 32 * panel // panels
         _add_panel(
             weights, stride, digits, steps, sums, place, columns, stop - start, integers, factors, offsets, is_int4,

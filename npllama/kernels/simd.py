@@ -251,16 +251,16 @@ def to_float(context: Any, vector: Any) -> Any:
 
 @intrinsic
 def add_lanes(context: Any, vector: Any) -> Any:
-    """``add_lanes(vector)``: sum of sixteen float32, in pairs of halves; or of sixteen int32."""
+    """``add_lanes(vector)``: sum of sixteen float32, in pairs of halves."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total, plus = arguments[0], builder.fadd if vector == FLOATS else builder.add
+        total = arguments[0]
         for half in (8, 4, 2, 1):
             low, high = (ir.Constant(ir.VectorType(WORD, half), [*range(at, at + half)]) for at in (0, half))
-            total = plus(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
+            total = builder.fadd(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
         return builder.extract_element(total, ir.Constant(WORD, 0))
 
-    return vector.dtype(vector), code
+    return types.float32(FLOATS), code
 
 
 @intrinsic

@@ -96,7 +96,7 @@ class ThroughLayers:
             return None
         sequences = _table(rooms, counts, [own.length for own in caches])
         plan = self._plan(len(x))
-        starts, n_parts = count_units(plan, sequences, self._windows, _UNLIMITED)
+        starts, n_parts = count_units(plan, sequences, self._windows)
         shared = self._shared(x, n_parts, len(starts))
         run_units(
             plan,
@@ -108,7 +108,6 @@ class ThroughLayers:
             _shapes(len(x)),
             starts,
             _NUMBERS,
-            True,
             numba.get_num_threads(),
         )
         return shared.x

@@ -38,14 +38,14 @@ def is_exact(model: PieceModel) -> bool:
     library takes those apart again in a way that depends on the rest of the text.
     """
     plain = model.rules == 0 and model.escapes_spaces and not (model.removes_spaces or model.space_behind_words)
-    return model.algorithm == "bpe" and plain and not any(_is_made(model, Kind.UNUSED))
+    return model.algorithm == "bpe" and plain and not any(_made_unused(model))
 
 
-def _is_made(model: PieceModel, kind: Kind) -> Iterator[bool]:
-    """Tell of each longer piece of a kind whether two symbols of a text could merge into it."""
+def _made_unused(model: PieceModel) -> Iterator[bool]:
+    """Tell of each longer unused piece whether two symbols of a text could merge into it."""
     symbols = {piece.text for piece in model.pieces if piece.kind in (Kind.NORMAL, Kind.UNUSED)}
     for piece in model.pieces:
-        if piece.kind is kind:
+        if piece.kind is Kind.UNUSED:
             halves = ((piece.text[:at], piece.text[at:]) for at in range(1, len(piece.text)))
             yield any(all(len(half) == 1 or half in symbols for half in pair) for pair in halves)
 

@@ -93,8 +93,6 @@ class PieceModel:
         The vocabulary, by id.
     algorithm : {"unigram", "bpe", "word", "char"}
         How text is cut into pieces.
-    byte_fallback : bool
-        A character without a piece becomes its UTF-8 bytes; otherwise the unknown piece.
     rules : int
         Bytes of the table of characters that are replaced before; 0 without one.
     adds_space : bool
@@ -113,7 +111,6 @@ class PieceModel:
 
     pieces: Sequence[Piece]
     algorithm: str
-    byte_fallback: bool
     rules: int
     adds_space: bool
     removes_spaces: bool
@@ -161,7 +158,6 @@ def read_piece_model(data: bytes, source: str) -> PieceModel:
     return PieceModel(
         pieces=pieces,
         algorithm=algorithm,
-        byte_fallback=bool(trainer["byte_fallback"]),
         rules=normaliser["rules"],
         adds_space=bool(normaliser["adds_space"]),
         removes_spaces=bool(normaliser["removes_spaces"]),

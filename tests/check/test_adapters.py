@@ -22,8 +22,6 @@ from tests.check.family_models import MODELS
 from tests.check.runs import CONFIG, PREFILL, TOKENS, edited, engine_trace
 from tests.fixtures.loud import half_split, loud_tensors
 
-HEADED = ("q", "k", "v", "q_rope", "k_rope", "context")
-
 
 @pytest.fixture(scope="module")
 def reference() -> MemoryTrace:

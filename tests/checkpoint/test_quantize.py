@@ -38,15 +38,15 @@ def test_signal_to_noise_of_gaussian_weights_is_what_the_module_promises() -> No
     assert sqnr(weights, "int4") == pytest.approx(21.5, abs=0.1)
 
 
-@pytest.mark.parametrize(("dtype", "format_", "gain"), [("int8", "Q8_0", -1.2), ("int4", "Q4_0", 0.1)])
+@pytest.mark.parametrize(("dtype", "format_", "gain"), [("int8", "Q8_0", -2.4), ("int4", "Q4_0", 0.1)])
 def test_error_beside_that_of_ggufs_formats(dtype: str, format_: str, gain: float) -> None:
-    """At 8.25 bits instead of 8.5 a decibel less; at the same 4.5 bits always better."""
+    """At 8.25 bits instead of 8.5 at most 2.4 dB less; at the same 4.5 bits always better."""
     gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType[format_]
     for weights in (gaussian(64, 1024), RNG.standard_t(4, (64, 1024)).astype(np.float32)):
         theirs = gguf.quants.dequantize(gguf.quants.quantize(weights, kind), kind)
         their_sqnr = 10 * np.log10((weights**2).sum() / ((weights - theirs) ** 2).sum())
-        assert sqnr(weights, dtype) > their_sqnr + (gain if dtype == "int4" else 2 * gain)
+        assert sqnr(weights, dtype) > their_sqnr + gain
 
 
 def test_int4_is_close_to_the_best_line_that_a_search_finds() -> None:
@@ -88,7 +88,8 @@ def test_a_short_last_group_is_as_good_as_one_alone(dtype: str, width: int) -> N
     assert whole.shape == weights.shape
     last = (width - 1) // 64 * 64
     np.testing.assert_array_equal(whole[:, last:], stored(weights[:, last:], dtype).numbers())
-    assert np.abs(whole - weights).max() <= np.ptp(weights) if dtype == "int4" else True
+    step = np.ptp(weights) / 15 if dtype == "int4" else np.abs(weights).max() / 127
+    assert np.abs(whole - weights).max() <= 1.5 * step
 
 
 @pytest.mark.parametrize("dtype", PACKINGS)

@@ -67,7 +67,7 @@ def test_an_audit_that_cannot_be_written_is_an_error_about_the_disk(
 ) -> None:
     done = npllama("convert", checkpoint, tmp_path / "store", "--audit", tmp_path / "nowhere" / "audit.json")
     assert done.code == 5
-    assert "cannot write the audit" in done.err
+    assert "cannot write" in done.err
 
 
 def test_pull_prints_the_folder_and_nothing_else(npllama: Npllama, monkeypatch: pytest.MonkeyPatch) -> None:

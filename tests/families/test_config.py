@@ -23,6 +23,7 @@ GPT_SHAPE = {"n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 300}
 CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe", "gpt2": "GPT2", "openai-gpt": "OpenAIGPT",
+    "olmo2": "Olmo2",
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(family: str) -
     whole = getattr(transformers, f"{CLASSES[family]}Config")(**shape(family)).to_json_string(use_diff=False)
     left_out = {} if family in ("gpt2", "openai-gpt") else {"num_key_value_heads": ..., "head_dim": ...}
     assert from_hf_json(whole.encode(), "config.json")[0] == read(family)
-    if family in ("llama", "phi3", "gpt2", "openai-gpt"):  # elsewhere the defaults need a larger model
+    if family in ("llama", "phi3", "olmo2", "gpt2", "openai-gpt"):  # elsewhere the defaults need a larger model
         whole = getattr(transformers, f"{CLASSES[family]}Config")(
             **{key: value for key, value in shape(family).items() if key not in left_out}
         ).to_json_string(use_diff=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import ml_dtypes
 import numba
@@ -21,14 +20,6 @@ from tools.environment import ROOT
 
 PATHS = [None, "portable"]
 HEADS = [(4, 4), (9, 3), (5, 1), (140, 1)]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Let kernels have two threads in a test that sets their number."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 def normal(*shape: int, seed: int = 3) -> Array:
@@ -158,7 +149,7 @@ def test_in_chunks_the_numbers_are_those_of_one_call_to_within_rounding(chunk: i
 
 
 @pytest.mark.parametrize("n_new", [1, 5, 700])
-def test_the_numbers_do_not_depend_on_the_number_of_threads(two_threads: None, n_new: int) -> None:
+def test_the_numbers_do_not_depend_on_the_number_of_threads(any_threads: None, n_new: int) -> None:
     q, keys, values = qkv(n_new, 1500, (9, 3), 64)
     numba.set_num_threads(1)
     alone = kernels.attention(q, keys, values, untapped)

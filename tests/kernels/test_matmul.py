@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numba
 import numpy as np
 import pytest
@@ -38,14 +36,6 @@ def stored(values: Array, dtype: str = "bfloat16") -> Tensor:
 def noise(y: Array, truth: Array) -> float:
     """Squared error relative to the squared truth."""
     return float(((y - truth) ** 2).sum() / (truth**2).sum())
-
-
-@pytest.fixture
-def any_threads() -> Iterator[None]:
-    """Put the number of threads back."""
-    before = numba.get_num_threads()
-    yield
-    numba.set_num_threads(before)
 
 
 @pytest.mark.parametrize("path", HERE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numba
 import numpy as np
 import pytest
 
@@ -12,7 +13,6 @@ from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import digits, features, matmul, quantised
 from npllama.kernels.matmul import PRODUCTS
-from npllama.kernels.threads import use_threads
 
 Product = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
 
@@ -94,6 +94,7 @@ def test_what_is_not_finite_stays_so_in_its_row_alone(path: str, dtype: str, bad
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", PACKINGS)
+@pytest.mark.usefixtures("any_threads")
 def test_a_number_depends_on_no_other_row_nor_on_the_threads(path: str, dtype: str) -> None:
     """Bit by bit; only a token alone may go another way than one among several."""
     weights, x = [stored(m, 300, dtype) for m in (96, 64, 40)], normal(37, 300)
@@ -101,12 +102,9 @@ def test_a_number_depends_on_no_other_row_nor_on_the_threads(path: str, dtype: s
     for weight, y in zip(weights, together, strict=True):
         np.testing.assert_array_equal(multiplied(path, x, weight)[0], y)
         np.testing.assert_array_equal(multiplied(path, x[5:9], weight)[0], y[5:9])
-    use_threads(1)
-    try:
-        for y, alone in zip(together, multiplied(path, x, *weights), strict=True):
-            np.testing.assert_array_equal(alone, y)
-    finally:
-        use_threads(2)
+    numba.set_num_threads(1)
+    for y, alone in zip(together, multiplied(path, x, *weights), strict=True):
+        np.testing.assert_array_equal(alone, y)
 
 
 @pytest.mark.skipif("amx" not in PATHS, reason="this processor has no matrix unit")

@@ -48,7 +48,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def all_threads() -> Iterator[None]:
+def any_threads() -> Iterator[None]:
     """Give the threads back."""
     before = numba.get_num_threads()
     yield

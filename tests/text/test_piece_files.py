@@ -185,13 +185,6 @@ def test_rows_of_a_padded_embedding_decode_to_nothing() -> None:
 # --- damage -------------------------------------------------------------------------------------------------------
 
 
-def varied(model: bytes, old: bytes, new: bytes) -> bytes:
-    """Replace bytes that are there once; lengths of messages stay what they were."""
-    assert model.count(old) == 1
-    assert len(old) == len(new)
-    return model.replace(old, new)
-
-
 def piece(text: bytes, score: float = 0.0, kind: int = 1) -> bytes:
     inner = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
     return b"\x0a" + bytes([len(inner)]) + inner
@@ -256,7 +249,7 @@ def test_a_model_says_what_is_in_it() -> None:
     library = processor(train())
     assert [piece.text for piece in found.pieces] == [library.id_to_piece(index) for index in range(len(library))]
     assert [piece.score for piece in found.pieces] == [library.get_score(index) for index in range(len(library))]
-    assert (found.algorithm, found.byte_fallback, found.bos, found.eos, found.unknown) == ("bpe", True, 1, 2, 0)
+    assert (found.algorithm, found.bos, found.eos, found.unknown) == ("bpe", 1, 2, 0)
 
 
 # --- the library that some models need ------------------------------------------------------------------------------

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from npllama.checkpoint.convert import convert
+from npllama.loading import physical_cores
 from tools import bench_peers
 from tools.peers import engines, models, results
 from tools.peers.engines import ENGINES, Engine, prepare
-from tools.peers.machine import physical_cores, processor
+from tools.peers.machine import processor
 from tools.peers.models import Shape
 from tools.peers.process import Unavailable, Worker
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
@@ -25,10 +24,3 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     features = [title for flag, title in _FEATURES.items() if flag in flags]
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} with {', '.join(features)}" if features else name
-
-
-def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Count the cores that this process may use, two threads of one core as one."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    siblings = (topology / f"cpu{cpu}" / "topology" / "thread_siblings_list" for cpu in allowed)
-    return len({file.read_text() if file.exists() else str(file) for file in siblings})

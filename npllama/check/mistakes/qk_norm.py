@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from npllama.check.mistakes.entry import Array, Mistake, Plant, Way, shown, where, with_layers
-from npllama.check.mistakes.rope import to_halves
+from npllama.check.mistakes.entry import Array, Mistake, Plant, Way, shown, where
+from npllama.check.mistakes.rope import norms_in, to_halves
 from npllama.check.rerun import Rerun, Seen, kind_of
 from npllama.dtypes import Tensor
 from npllama.taps import Tap
-from npllama.weights import LayerWeights
 
 
 def weight_at(run: Rerun, name: str) -> Tensor:
@@ -89,20 +88,6 @@ def over_heads(x: Array, weight: Array, eps: float) -> Array:
     return y
 
 
-def left_in_halves(run: Rerun) -> Rerun:
-    """Leave the norms' weights in halves, although the rows are in pairs."""
-
-    def halves(weight: Tensor | None) -> Tensor | None:
-        if weight is None:
-            return None
-        return Tensor(to_halves(weight.numbers().reshape(-1, run.config.head_dim)).reshape(-1), "float32")
-
-    def change(w: LayerWeights) -> LayerWeights:
-        return replace(w, q_norm=halves(w.q_norm), k_norm=halves(w.k_norm))
-
-    return with_layers(run, change)
-
-
 Q_NORM, K_NORM = "layers.0.q_norm", "layers.0.k_norm"
 BARE = {"q_norm": lambda x, seen: seen["q"], "k_norm": lambda x, seen: seen["k"]}
 
@@ -140,6 +125,6 @@ ENTRIES = (
         "The rows of wq and wk were brought into the order of RoPE, the weights of their norms were not.",
         "q and k are right, q_norm and k_norm differ by a factor for each column of a head.",
         "Permute the weights of the norms exactly as the rows of wq and wk.",
-        (Way("", Q_NORM, where("qk-norm rope", left_in_halves)),),
+        (Way("", Q_NORM, where("qk-norm rope", lambda run: norms_in(to_halves, run))),),
     ),
 )

@@ -78,23 +78,24 @@ def not_turned(*names: str) -> Plant:
     return where("rope", shown(**change))
 
 
+def norms_in(order: Callable[[Array], Array], run: Rerun) -> Rerun:
+    """Put the weights of the norms of queries and keys into another order within each head."""
+
+    def reordered(weight: Tensor | None) -> Tensor | None:
+        if weight is None:
+            return None
+        return Tensor(order(weight.numbers().reshape(-1, run.config.head_dim)).reshape(-1), "float32")
+
+    def change(w: LayerWeights) -> LayerWeights:
+        return replace(w, q_norm=reordered(w.q_norm), k_norm=reordered(w.k_norm))
+
+    return with_layers(run, change)
+
+
 def rows_in(order: Callable[[Array], Array]) -> Plant:
     """Take the rows of wq and wk for ones in another order within each head, with their biases and their norms."""
-
-    def plant(run: Rerun) -> Rerun | None:
-        head_dim = run.config.head_dim
-
-        def reordered(weight: Tensor | None) -> Tensor | None:
-            if weight is None:
-                return None
-            return Tensor(order(weight.numbers().reshape(-1, head_dim)).reshape(-1), "float32")
-
-        def change(w: LayerWeights) -> LayerWeights:
-            return replace(w, q_norm=reordered(w.q_norm), k_norm=reordered(w.k_norm))
-
-        return shown(q=lambda x, seen: order(x), k=lambda x, seen: order(x))(with_layers(run, change))
-
-    return where("rope", plant)
+    reordered = shown(q=lambda x, seen: order(x), k=lambda x, seen: order(x))
+    return where("rope", lambda run: reordered(norms_in(order, run)))
 
 
 def positions(place: Callable[[int], int], *, decoding: bool = False) -> Plant:
@@ -115,7 +116,7 @@ def values_turned(run: Rerun) -> Rerun:
         def append(layer: int, k: Array, v: Array) -> Any:
             end = cache.length + len(v)
             tables = rope_at(run.weights, run.config, run.ops, cache.length, len(v), max(cache.horizon, end))
-            return cache.append(layer, k, v if tables is None else run.ops.apply_rope(v, *tables))
+            return cache.append(layer, k, run.ops.apply_rope(v, *tables))
 
         return Altered(cache, append=append)
 

@@ -16,7 +16,7 @@ from npllama.checkpoint.tensor import TensorRef
 from npllama.dtypes import PACKINGS, STORAGE, Array, cast
 from npllama.errors import CorruptDataError
 
-_BLOCK_BYTES = 1 << 23  # of a block as read or as written, whichever is larger
+_BLOCK_BYTES = 1 << 23  # of a block as read or as float32, whichever is larger
 
 
 def write_tensor(

@@ -10,8 +10,6 @@ from npllama.config.keys import Keys
 
 #: What an absent key stands for in most of these families.
 DECODER_DEFAULTS: dict[str, Any] = {
-    "num_key_value_heads": None,
-    "head_dim": None,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,

@@ -98,7 +98,7 @@ def measure(
         ``prefill`` and ``decode`` in tokens per second.
     """
     tokens = random_tokens(prompt + decode, engine.vocab_size)
-    engine.start(prompt + 2)
+    engine.start(prompt + decode)  # as large as the one that is timed: an engine may make a new one to grow
     for fed in (tokens[:prompt], tokens[:1], tokens[:1]):
         engine.feed(fed)
     engine.start(prompt + decode)
