@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dtypes": {"errors"},
     "strict_json": {"errors"},
     "ops": {"dtypes", "errors"},
+    "rounding": {"dtypes"},
     "kernels": {"dtypes", "errors"},
     "config": {"errors", "strict_json"},
     "taps": {"config", "errors"},
@@ -35,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"config", "dtypes"},
     "model": {"config", "cache", "taps", "weights", "dtypes", "errors"},
     "engine": {"model", "config", "cache", "taps", "weights", "dtypes", "errors"},
-    "checkpoint": {"config", "dtypes", "errors", "strict_json", "version"},
+    "importance": {"model", "ops", "config", "cache", "weights", "dtypes"},
+    "checkpoint": {"importance", "config", "dtypes", "errors", "strict_json", "version"},
     "text": {"errors"},
     "generation": {"engine", "cache", "text", "errors"},
     "check": {

@@ -38,7 +38,7 @@ from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.dtypes import PACKINGS, Array, Tensor, narrow, widen
 from npllama.engine import Model
 
-_TEXT = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "alice.txt"
+TEXT = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "alice.txt"
 _WINDOW = 512
 #: npllama's formats: what `npllama.convert` calls them, and what they are.
 _OWN = {"f32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("checkpoint", help="the model, in the best numbers that there are")
-    parser.add_argument("--text", type=Path, default=_TEXT, help="text to predict (default: %(default)s)")
+    parser.add_argument("--text", type=Path, default=TEXT, help="text to predict (default: %(default)s)")
     parser.add_argument("--file", action="append", default=[], metavar="NAME=GGUF", help="one more format, as a file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON, too")
     options = parser.parse_args(arguments)

@@ -28,8 +28,9 @@ from npllama.checkpoint.store.publish import check_destination, publish, recover
 from npllama.checkpoint.store.stream import write_tensor
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.config import ModelConfig
-from npllama.dtypes import FLOATS, Array, widen
+from npllama.dtypes import FLOATS, PACKINGS, Array, Tensor, widen
 from npllama.errors import NpllamaError, ParameterError, UnsafeFileError, UnsupportedError
+from npllama.importance import importance
 
 #: What the caller says -> logical dtype of the weights.
 DTYPES = {"bf16": "bfloat16", "f32": "float32", "int8": "int8", "int4": "int4"}
@@ -61,7 +62,8 @@ def convert(
         The model folder to write, on a local disk.
     dtype : {"bf16", "f32", "int8", "int4"}
         What all weights are stored as. A source of the same dtype keeps its bits; a quantised one is first brought
-        back to numbers. int8 and int4 (`npllama.checkpoint.quantize`) are for matrices, the rest stays float32.
+        back to numbers. int8 and int4 (`npllama.checkpoint.quantize`) are for matrices, the rest stays float32; for
+        them the checkpoint is read twice, first to measure what its matrices multiply (`npllama.importance`).
     layers : int, optional
         Keep only the first so many layers. The text of such a model means nothing.
     force : bool
@@ -124,16 +126,18 @@ def convert_checkpoint(
     ``verify_crc`` only records how the checkpoint was opened: work of an attempt that checked less is not taken over.
     """
     plan = _plan(checkpoint, storage_dtype(dtype), layers)
-    identity = _identity(plan, checkpoint, {"allow_nan": allow_nan, "verify_crc": verify_crc})
     target = _target(dst)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target):
             recover(target)
             check_destination(target, force)
+            with _sources_unchanged(checkpoint.sources):
+                known = _importance(plan, progress) if plan.dtype in PACKINGS else {}
+            identity = _identity(plan, checkpoint, known, {"allow_nan": allow_nan, "verify_crc": verify_crc})
             journal = open_journal(target.with_name(target.name + PARTIAL), identity)
             with _sources_unchanged(checkpoint.sources):
-                _write_tensors(plan, journal, allow_nan, progress)
+                _write_tensors(plan, known, journal, allow_nan, progress)
             _write_tokenizer(journal.folder, checkpoint.tokenizer)
             config = _drop_equal_output(plan.config, journal)
             _write(
@@ -219,7 +223,39 @@ def _in_memory(name: str, values: Array) -> TensorRef:
     return TensorRef(name, values.shape, "float32", name, lambda start, stop: values[start:stop], values.nbytes)
 
 
-def _identity(plan: _Plan, checkpoint: Checkpoint, options: Mapping[str, bool]) -> dict[str, Any]:
+def _importance(plan: _Plan, progress: Progress | None) -> dict[str, Array]:
+    """Measure what the matrices multiply; the embedding counts as what it is where it is the output, too."""
+    sizes = {name: ref.n_rows * ref.row_bytes for name, ref in plan.refs.items() if len(ref.shape) > 1}
+    total, done = sum(sizes.values()), 0
+
+    def counted(ref: TensorRef) -> TensorRef:
+        def read_rows(start: int, stop: int) -> Array:
+            nonlocal done
+            done += (stop - start) * ref.row_bytes
+            if progress:
+                progress("Measuring", done, total)
+            return ref.read_rows(start, stop)
+
+        return replace(ref, read_rows=read_rows)
+
+    matrices = {name: counted(plan.refs[name]) for name in sizes}
+    matrices |= {name: matrices[same] for name, same in manifests.ties(plan.config).items()}
+
+    def find(name: str) -> TensorRef | Tensor | None:
+        ref = plan.refs.get(name)
+        return matrices.get(name) or (ref and ref.rows(0, ref.n_rows))
+
+    tables = (plan.refs[name].read() if name in plan.refs else None for name in (ROPE_FREQS, ROPE_FREQS_LONG))
+    found = importance(plan.config, find, *tables)
+    if progress:
+        progress("Measuring", total, total)
+    # A lookup needs no measure. An output that turns out to be the embedding must have become the same integers.
+    return found | ({EMBEDDING: found[OUTPUT]} if OUTPUT in found else {})
+
+
+def _identity(
+    plan: _Plan, checkpoint: Checkpoint, known: Mapping[str, Array], options: Mapping[str, bool]
+) -> dict[str, Any]:
     """Describe everything that the output depends on, as plain JSON values."""
     return {
         "format_version": manifests.FORMAT_VERSION,
@@ -227,6 +263,7 @@ def _identity(plan: _Plan, checkpoint: Checkpoint, options: Mapping[str, bool]) 
         "config": plan.config.to_json(),
         "dtype": plan.dtype,
         "of_layers": plan.of_layers,
+        "importance": hashlib.sha256(b"".join(known[name].tobytes() for name in sorted(known))).hexdigest(),
         **{
             name: hashlib.sha256(plan.refs[name].read().tobytes()).hexdigest()
             for name in (ROPE_FREQS, ROPE_FREQS_LONG)
@@ -249,7 +286,9 @@ def _edges(source: Source) -> str:
 # --- the work ------------------------------------------------------------------------------------------------------
 
 
-def _write_tensors(plan: _Plan, journal: Journal, allow_nan: bool, progress: Progress | None) -> None:
+def _write_tensors(
+    plan: _Plan, known: Mapping[str, Array], journal: Journal, allow_nan: bool, progress: Progress | None
+) -> None:
     total = sum(entry.data_bytes for entry in plan.entries.values())
     done = sum(plan.entries[name].data_bytes for name in journal.done)
     what = "Starting over" if journal.restarted else "Resuming" if done else "Converting"
@@ -264,7 +303,14 @@ def _write_tensors(plan: _Plan, journal: Journal, allow_nan: bool, progress: Pro
     advance(0)
     for name, ref in plan.refs.items():
         if name not in journal.done:
-            sha256 = write_tensor(journal.folder, plan.entries[name], ref, allow_nan=allow_nan, advance=advance)
+            sha256 = write_tensor(
+                journal.folder,
+                plan.entries[name],
+                ref,
+                importance=known.get(name),
+                allow_nan=allow_nan,
+                advance=advance,
+            )
             journal.append(name, sha256)
 
 

@@ -8,7 +8,7 @@ from math import prod
 
 from npllama.checkpoint.source import Source
 from npllama.config import ModelConfig
-from npllama.dtypes import STORAGE, Array
+from npllama.dtypes import STORAGE, Array, Tensor
 
 
 def _nothing() -> None:
@@ -62,6 +62,10 @@ class TensorRef:
     def row_bytes(self) -> int:
         """Bytes of one row as ``read_rows`` yields it."""
         return prod(self.shape[1:]) * STORAGE[self.dtype].itemsize
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Read rows [start, stop) of the first axis."""
+        return Tensor(self.read_rows(start, stop), self.dtype)
 
     def read(self) -> Array:
         """Read the whole tensor and verify it."""

@@ -20,7 +20,13 @@ _BLOCK_BYTES = 1 << 23  # of a block as read or as float32, whichever is larger
 
 
 def write_tensor(
-    folder: Path, entry: Entry, ref: TensorRef, *, allow_nan: bool, advance: Callable[[int], None]
+    folder: Path,
+    entry: Entry,
+    ref: TensorRef,
+    *,
+    allow_nan: bool,
+    advance: Callable[[int], None],
+    importance: Array | None = None,
 ) -> tuple[str, ...]:
     """Write a tensor's files.
 
@@ -36,6 +42,8 @@ def write_tensor(
         Let NaN and infinities pass.
     advance : callable
         Called with the number of bytes written, block by block.
+    importance : ndarray of shape (N,), optional
+        By how much an error counts in each column of a matrix that becomes integers; see `quantize`.
 
     Returns
     -------
@@ -54,7 +62,7 @@ def write_tensor(
         files = [stack.enter_context(new_file(folder / part.file, part.file_bytes)) for part in entry.parts]
         for part, file in zip(entry.parts, files, strict=True):
             file.write(part.header)
-        for arrays in _finite(ref, entry, _blocks(ref), allow_nan):
+        for arrays in _finite(ref, entry, importance, allow_nan):
             for array, file, digest in zip(arrays, files, digests, strict=True):
                 file.write(array.data)
                 digest.update(array.data)
@@ -74,21 +82,21 @@ def _blocks(ref: TensorRef) -> Iterator[Array]:
         yield values
 
 
-def _stored(values: Array, ref: TensorRef, dtype: str) -> tuple[tuple[Array, ...], Array]:
+def _stored(values: Array, ref: TensorRef, dtype: str, importance: Array | None) -> tuple[tuple[Array, ...], Array]:
     """Return a block's arrays as they are written, and the numbers in which NaN and infinities are looked for."""
     if dtype not in PACKINGS:
         converted = np.ascontiguousarray(cast(values, ref.dtype, dtype), dtype=STORAGE[dtype])
         return (converted,), converted
     numbers = cast(values, ref.dtype, "float32")
-    return quantize(numbers, dtype), np.where(np.abs(numbers) > LARGEST, np.float32(np.inf), numbers)
+    return quantize(numbers, dtype, importance), np.where(np.abs(numbers) > LARGEST, np.float32(np.inf), numbers)
 
 
-def _finite(ref: TensorRef, entry: Entry, blocks: Iterator[Array], allow_nan: bool) -> Iterator[tuple[Array, ...]]:
+def _finite(ref: TensorRef, entry: Entry, importance: Array | None, allow_nan: bool) -> Iterator[tuple[Array, ...]]:
     """Yield the arrays of each block, and raise behind the last one if any number was NaN or infinite."""
     position, first, n_nan, n_infinite = 0, -1, 0, 0
     dtype = "float32" if entry.dtype in PACKINGS else entry.dtype
-    for block in blocks:
-        arrays, checked = _stored(block, ref, entry.dtype)
+    for block in _blocks(ref):
+        arrays, checked = _stored(block, ref, entry.dtype, importance)
         yield arrays
         bad = _not_finite(checked, dtype)
         if bad.any():
