@@ -28,6 +28,8 @@ class Model:
         "fast", "numpy" or "float64".
     threads : int
         Threads that do its work: Numba's with the fast backend, BLAS's with the others.
+    activations : str
+        "float32", or "bfloat16" where the inputs of its products are rounded.
     tokenizer : Tokenizer or None
         None for a store that takes and gives token ids only.
     notice : str or None
@@ -45,6 +47,7 @@ class Model:
         backend: str,
         dtype: np.dtype[Any] | type = np.float32,
         threads: int = 1,
+        activations: str = "float32",
         tokenizer: Any = None,
         notice: str | None = None,
     ) -> None:
@@ -52,6 +55,7 @@ class Model:
         self.weights = weights
         self.backend = backend
         self.threads = threads
+        self.activations = activations
         self.tokenizer = tokenizer
         self.notice = notice
         self.recorder: Recorder | None = None

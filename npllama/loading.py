@@ -14,6 +14,7 @@ from npllama import ops
 from npllama.checkpoint.store import Store
 from npllama.engine import Model
 from npllama.errors import BackendError, ParameterError
+from npllama.rounding import ACTIVATIONS, with_rounded_inputs
 from npllama.text import tokenizer as text
 from npllama.weights import gather_weights
 
@@ -28,6 +29,7 @@ def load(
     backend: str = "fast",
     threads: int | None = None,
     kernels: str | None = None,
+    activations: str = "float32",
     special_tokens: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Model:
@@ -43,6 +45,10 @@ def load(
         Threads that the kernels, or without them BLAS, may use; by default one for each core of this process.
     kernels : {"amx", "avx512", "portable"}, optional
         Instructions that the fast backend may use; by default the best that the processor has.
+    activations : {"float32", "bfloat16"}
+        What the input of every product with weights is rounded to. float32 is exact. bfloat16, which is what other
+        engines compute in, makes long prompts two to three times as fast where the processor has a unit for it; see
+        `npllama.rounding`. Integer weights are then rounded to bfloat16, too, where more than 16 tokens meet them.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
     progress : callable, optional
@@ -64,7 +70,15 @@ def load(
     weights = gather_weights(store.config, store.find, *store.frequencies())
     if kernels is not None and backend != "fast":
         raise ParameterError(f"kernels were chosen ({kernels!r}), but the backend is {backend!r}, which has none")
-    operations: Any = ops if backend != "fast" else _with_kernels(kernels)
+    if activations not in ACTIVATIONS:
+        raise ParameterError(f"the activations are {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if activations != "float32" and backend == "float64":
+        raise ParameterError(f"activations were rounded to {activations}, but the float64 backend is the truth")
+    operations: Any = ops
+    if backend == "fast":
+        operations = _with_kernels(kernels, activations)
+    elif activations != "float32":
+        operations = with_rounded_inputs(ops)
     count = _limit_threads(threads, backend)
     tokenizer = None
     if store.tokenizer_folder is not None:
@@ -77,6 +91,7 @@ def load(
         backend=backend,
         dtype=np.float64 if backend == "float64" else np.float32,
         threads=count,
+        activations=activations,
         tokenizer=tokenizer,
         notice=_notice(store),
     )
@@ -104,7 +119,7 @@ def _notice(store: Store) -> str | None:
     )
 
 
-def _with_kernels(path: str | None) -> SimpleNamespace:
+def _with_kernels(path: str | None, activations: str) -> SimpleNamespace:
     """Return the textbook's operations with every compiled twin in its original's place."""
     try:
         from npllama.kernels.paths import twins
@@ -113,7 +128,7 @@ def _with_kernels(path: str | None) -> SimpleNamespace:
             f"the fast backend needs Numba, which cannot be imported: {problem}",
             remedy="Install numba, or choose the numpy backend.",
         ) from None
-    return SimpleNamespace(**{**vars(ops), **twins(path)})
+    return SimpleNamespace(**{**vars(ops), **twins(path, activations)})
 
 
 def _limit_threads(threads: int | None, backend: str) -> int:
@@ -130,9 +145,11 @@ def _limit_threads(threads: int | None, backend: str) -> int:
 
     threadpoolctl.threadpool_limits(1 if backend == "fast" else count, user_api="blas")
     if backend == "fast":
+        from npllama.kernels.memory import keep_freed_memory
         from npllama.kernels.threads import use_threads
 
         use_threads(count)
+        keep_freed_memory()
     return count
 
 

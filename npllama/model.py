@@ -93,6 +93,7 @@ def feed_forward(h: Array, w: LayerWeights, config: ModelConfig, ops: Ops, tap: 
         gate, up = ops.linears(h, (w.w1, w.w3), (w.w1_bias, w.w3_bias))
         gate, up = tap("gate", gate), tap("up", up)  # (T, F)
         act = tap("ffn_act", ops.glu(gate, up, config.activation))  # (T, F)
+        del gate, up  # the largest arrays of a pass: the product below takes room of its own
     return tap("ffn_out", ops.linear(act, w.w2, w.w2_bias))  # (T, D)
 
 

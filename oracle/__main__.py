@@ -86,6 +86,7 @@ def _check(options: argparse.Namespace) -> int:
         backend=options.backend,
         threads=options.threads,
         dtype=options.dtype,
+        activations=options.activations,
         say=lambda text: print(f"oracle: {text}", file=sys.stderr, flush=True),
     )
     for file, spelled in ((options.html, html_report), (options.junit, junit_report)):
@@ -136,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_count, metavar="N", help="threads of the engine (default: one for each core)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="what the reference computes in, and so how much noise is allowed (default: float32)")  # fmt: skip
+    add("--activations", choices=("float32", "bfloat16"), default="float32",
+        help="what inputs of the engine's products are rounded to; bfloat16 needs --dtype bfloat16")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
     add("--html", metavar="FILE", help="write the report as a page, too")
     add("--junit", metavar="FILE", help="write the report for a test server, too")

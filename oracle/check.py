@@ -20,6 +20,7 @@ from npllama.check.report import Report
 from npllama.check.run import run_trace, shadow_run
 from npllama.check.trace import MemoryTrace
 from npllama.checkpoint.store import Store
+from npllama.errors import ParameterError
 from oracle.decoder import TorchDecoder
 from oracle.run import check_run, record
 
@@ -40,6 +41,7 @@ def check(
     backend: str = "fast",
     threads: int | None = None,
     dtype: str = "float32",
+    activations: str = "float32",
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Run engine and oracle over the same tokens and judge the engine.
@@ -57,8 +59,11 @@ def check(
     threads : int, optional
         Of the engine.
     dtype : {"float32", "bfloat16"}
-        What the reference computes in, and so whose noise the engine is allowed. The engine itself always computes in
-        float32: with bfloat16 the report shows how it stands to a run as Meta's.
+        What the reference computes in, and so whose noise the engine is allowed. The engine itself computes in float32:
+        with bfloat16 the report shows how it stands to a run as Meta's.
+    activations : {"float32", "bfloat16"}
+        What the engine rounds the inputs of its products to; see `npllama.load`. bfloat16 asks for a reference in
+        bfloat16, which rounds those and more.
     say : callable
         Told what is being done.
 
@@ -71,13 +76,18 @@ def check(
     Raises
     ------
     NpllamaError
-        The tokens do not fit the model, or the engine cannot run it.
+        The tokens do not fit the model, the engine cannot run it, or it would round and the reference would not.
 
     Notes
     -----
     All tensors of the three runs are in memory at once, but only one layer of the oracle's weights.
     """
     prefill = len(tokens)
+    if activations == "bfloat16" and dtype != "bfloat16":
+        raise ParameterError(
+            f"the engine was asked to round activations to bfloat16, and the reference to compute in {dtype}",
+            remedy="Give --dtype bfloat16, too: what is rounded is allowed the noise of a run that rounds.",
+        )
     check_run(store.config, tokens, prefill, decode)
     say(f"torch in {dtype}: {prefill} tokens and {decode} decode steps")
     reference = _recorded(store, tokens, prefill, dtype, greedy=decode)
@@ -85,13 +95,14 @@ def check(
     say("torch in float64, the truth")
     truth = _recorded(store, fed, prefill, "float64")
     say(f"the {backend} engine, then each of its operations alone on torch's inputs")
-    model = npllama.load(store.path, backend=backend, threads=threads)
+    model = npllama.load(store.path, backend=backend, threads=threads, activations=activations)
     candidate = MemoryTrace(tokens=fed, prefill=prefill, dtype=dtype, config=store.config)
     run_trace(model, fed, prefill=prefill, into=candidate)
     report = compare(candidate, reference, truth, local=shadow_run(model, reference))
     report = _with_lost_taps(report, FUSED[backend])
     if dtype != "float32":
-        notes = (*report.notes, f"the engine computed in float32 and was allowed the noise of {dtype}")
+        how = "in float32" if activations == "float32" else f"with products of {activations}"
+        notes = (*report.notes, f"the engine computed {how} and was allowed the noise of {dtype}")
         report = replace(report, notes=notes)
     if report.verdict != "differs":
         return report

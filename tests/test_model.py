@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from npllama import ops
 from npllama.cache import KVCache
 from npllama.config import ModelConfig, RopeScaling
 from npllama.errors import ContextOverflowError, ParameterError
@@ -96,6 +99,25 @@ def test_last_gives_only_the_last_row(backend: str) -> None:
     last = model.forward(tokens, last=True)
     assert last.shape == (1, config.vocab_size)
     np.testing.assert_allclose(last[0], model.forward(tokens)[-1], atol=1e-5)
+
+
+def test_what_the_activation_was_computed_from_is_gone_when_it_is_multiplied() -> None:
+    config = loud_config(n_layers=1)
+    model, projected, alive = loud_model(config), [], []
+
+    def linears(x: Any, *others: Any) -> Any:
+        found = ops.linears(x, *others)
+        projected.extend(weakref.ref(y) for y in found if y.shape[1] == config.hidden_dim)
+        return found
+
+    def linear(x: Any, *others: Any) -> Any:
+        if x.shape[1] == config.hidden_dim:
+            alive.extend(reference() is not None for reference in projected)
+        return ops.linear(x, *others)
+
+    model._ops = SimpleNamespace(**{**vars(ops), "linears": linears, "linear": linear})
+    model.forward(loud_tokens(config))
+    assert alive == [False, False]  # gate and up, the largest arrays of a pass
 
 
 def test_the_future_does_not_reach_back() -> None:

@@ -26,6 +26,7 @@ class Engine(Protocol):
 
     config: ModelConfig
     backend: str
+    activations: str
     recorder: Recorder | None
 
     def new_cache(self, capacity: int) -> Any:
@@ -170,7 +171,7 @@ def _watched(model: Engine, pattern: str, see: See) -> Iterator[None]:
 
 def dtype_of(model: Engine) -> str:
     """Return what a model computes in, as a trace says it."""
-    return "float64" if model.backend == "float64" else "float32"
+    return "float64" if model.backend == "float64" else model.activations
 
 
 def _joined(name: str, parts: list[Array], n_all: int) -> Array:

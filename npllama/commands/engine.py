@@ -25,6 +25,7 @@ def load_model(options: argparse.Namespace) -> Model:
             backend=options.backend,
             threads=options.threads,
             kernels=options.kernels,
+            activations=options.activations,
             progress=progress,
         )
     if model.notice:

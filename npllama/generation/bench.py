@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npllama.cache import KVCache
 from npllama.engine import Model
@@ -88,14 +89,22 @@ class Limits:
     read_bytes_per_s : float
         Memory read by all threads together.
     multiply_add_per_s : float
-        float32 operations, two for each multiply-add, in registers.
+        Operations of matrix products, two for each multiply-add, if nothing but arithmetic took time: what the unit
+        that computes them does in registers, divided by how often it computes each product.
     product_per_s : float
-        float32 operations that the kernel of matrix products reaches on a large square matrix.
+        Operations that the kernel of matrix products reaches on a large square matrix.
+    arithmetic : str
+        Which unit that is, and in how many parts.
     """
 
     read_bytes_per_s: float
     multiply_add_per_s: float
     product_per_s: float
+    arithmetic: str
+
+
+#: Those of the limits that are rates.
+_RATES = ("read_bytes_per_s", "multiply_add_per_s", "product_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +114,27 @@ class Speed:
     Attributes
     ----------
     prefill_tokens, decode_tokens, rounds : int
-        How many tokens each phase took, and how often.
+        How many tokens of a sequence each phase took, and how often.
+    batch : int
+        Sequences that decoded together. The prefill was one sequence's.
     prefill_tokens_per_s, decode_tokens_per_s : float
-        The speeds.
+        The speeds; that of decoding counts the tokens of all sequences.
+    decode_alone_tokens_per_s, batch_gain : float
+        The speed of one sequence without the others, and that of all by it.
     prefill_operations_per_s : float
         Operations of the matrix products and of attention, by the prefill's time. See `npllama.generation.cost`.
     bytes_per_token : int
-        Bytes of weights that one decoded token reads.
+        Bytes of weights that one decoded token reads; sequences that decode together read them once.
     cache_bytes_per_token : int
-        Bytes of keys and values that it reads, on average over the decoded tokens.
+        Bytes of keys and values that it reads, on average over the decoded tokens; each sequence reads its own.
     decode_bytes_per_s : float
-        Both, by the decoding's time: the memory bandwidth in use.
+        Both, by the decoding's time: the memory bandwidth in use. Of several sequences that ask different experts it
+        counts too little.
     limits : Limits or None
         What the machine could have done meanwhile, where that was measured.
     prefill_share, prefill_share_of_product : float or None
-        Operations per second by those of multiply-adds in registers, and by those of large products.
+        Operations per second by those of the arithmetic unit, and by those of large products. Attention is counted as
+        if it was computed in the same unit.
     decode_share : float or None
         Bytes per second by those of a plain read.
     """
@@ -127,8 +142,11 @@ class Speed:
     prefill_tokens: int
     decode_tokens: int
     rounds: int
+    batch: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    decode_alone_tokens_per_s: float
+    batch_gain: float
     prefill_operations_per_s: float
     bytes_per_token: int
     cache_bytes_per_token: int
@@ -145,6 +163,8 @@ def bench(
     prompt: int = 512,
     decode: int = 128,
     rounds: int = 3,
+    batch: int = 1,
+    cache_dtype: str = "float32",
     limits: Callable[[], Limits] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -161,6 +181,11 @@ def bench(
         Tokens to decode behind them, one forward pass each (random ones: what a token costs is not what it says).
     rounds : int
         How often.
+    batch : int
+        Sequences to decode together, one token of each in a pass. They begin with the same prompt. With more than one,
+        one of them decodes alone before, in every round.
+    cache_dtype : str
+        "float32" or "bfloat16": how keys and values are kept.
     limits : callable, optional
         Measures what the machine can do; called in every round, between its phases, since a machine that is shared
         changes by the minute.
@@ -177,7 +202,7 @@ def bench(
     Raises
     ------
     ParameterError
-        A count is below 1.
+        A count is below 1, or there is no such ``cache_dtype``.
     ContextOverflowError
         Prompt and decoded tokens together exceed the model's context.
 
@@ -186,32 +211,39 @@ def bench(
     The same passes run once before, shortened to a chunk of the prompt and two decoded tokens: kernels are compiled
     and the mapped weights are in memory when the clock starts.
     """
-    for name, value in (("prompt", prompt), ("decode", decode), ("rounds", rounds)):
+    for name, value in (("prompt", prompt), ("decode", decode), ("rounds", rounds), ("batch", batch)):
         check_count(name, value)
-    if prompt + decode > model.config.max_seq_len:
+    length = prompt + decode
+    if length > model.config.max_seq_len:
         raise ContextOverflowError(
             f"{prompt} and {decode} tokens do not fit into the model's context of {model.config.max_seq_len}"
         )
-    ids = [int(token) for token in np.random.default_rng(0).integers(0, model.config.vocab_size, prompt + decode)]
+    random = np.random.default_rng(0)
+    ids: list[int] = random.integers(0, model.config.vocab_size, prompt).tolist()
+    decoded = random.integers(0, model.config.vocab_size, (decode, batch))
     report = progress or _ignore
     measure = limits or _unmeasured
-    total = rounds * len(ids)
-    report("Warming up", 0, total)
-    _round(model, ids[: min(prompt, PREFILL_CHUNK)], ids[prompt : prompt + 2], measure, clock)
+
+    def measured(ids: list[int], decoded: NDArray[np.int64]) -> _Round:
+        return _round(model, ids, decoded, cache_dtype, measure, clock)
+
+    report("Warming up", 0, rounds * length)
+    measured(ids[:PREFILL_CHUNK], decoded[:2])
     found = []
     for done in range(rounds):
-        report("Measuring", done * len(ids), total)
-        found.append(_round(model, ids[:prompt], ids[prompt:], measure, clock))
-    report("Measuring", total, total)
-    return _speed(model, prompt, decode, found)
+        report("Measuring", done * length, rounds * length)
+        found.append(measured(ids, decoded))
+    report("Measuring", rounds * length, rounds * length)
+    return _speed(model, prompt, decode, batch, found)
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """Seconds of the two phases, the limits between them, and the bytes that a position takes in the cache."""
+    """Seconds of the phases, the limits between them, and the bytes that a position takes in the cache."""
 
     prefill: float
-    decode: float
+    alone: float
+    together: float
     limits: Limits | None
     position_bytes: float
 
@@ -219,25 +251,35 @@ class _Round:
 def _round(
     model: Model,
     prompt: list[int],
-    decoded: list[int],
+    decoded: NDArray[np.int64],
+    cache_dtype: str,
     limits: Callable[[], Limits | None],
     clock: Callable[[], float],
 ) -> _Round:
-    cache = KVCache(model.config, len(prompt) + len(decoded))
+    """Prefill a prompt, and decode tokens (steps, batch) behind it: those of the first sequence, then all."""
+    cache = KVCache(model.config, len(prompt) + len(decoded), cache_dtype)
     begin = clock()
     prefill(model, prompt, cache)
     prefilled = clock() - begin
     measured = limits()
+    others = [cache.fork() for _ in range(decoded.shape[1] - 1)]
     begin = clock()
-    for token in decoded:
-        model.forward([token], cache, last=True)
-    return _Round(prefilled, clock() - begin, measured, cache.nbytes / cache.capacity)
+    for tokens in decoded:
+        model.forward(tokens[:1], cache, last=True)
+    alone = together = clock() - begin
+    if others:
+        cache.truncate(len(prompt))
+        begin = clock()
+        for tokens in decoded:
+            model.forward_many(tokens[:, None], [cache, *others], last=True)
+        together = clock() - begin
+    return _Round(prefilled, alone, together, measured, cache.nbytes / cache.capacity)
 
 
-def _speed(model: Model, prompt: int, decode: int, rounds: list[_Round]) -> Speed:
+def _speed(model: Model, prompt: int, decode: int, batch: int, rounds: list[_Round]) -> Speed:
     operations = prefill_operations(model, prompt)
     cache_bytes = rounds[0].position_bytes * positions_seen(model, prompt, decode) / decode
-    read = decode * (model.nbytes_per_token + cache_bytes)
+    read = decode * (model.nbytes_per_token + batch * cache_bytes)
 
     def typical(value: Callable[[_Round], float]) -> float:
         return median(value(entry) for entry in rounds)
@@ -251,21 +293,24 @@ def _speed(model: Model, prompt: int, decode: int, rounds: list[_Round]) -> Spee
         prefill_tokens=prompt,
         decode_tokens=decode,
         rounds=len(rounds),
+        batch=batch,
         prefill_tokens_per_s=typical(lambda entry: prompt / entry.prefill),
-        decode_tokens_per_s=typical(lambda entry: decode / entry.decode),
+        decode_tokens_per_s=typical(lambda entry: batch * decode / entry.together),
+        decode_alone_tokens_per_s=typical(lambda entry: decode / entry.alone),
+        batch_gain=typical(lambda entry: batch * entry.alone / entry.together),
         prefill_operations_per_s=typical(lambda entry: operations / entry.prefill),
         bytes_per_token=model.nbytes_per_token,
         cache_bytes_per_token=round(cache_bytes),
-        decode_bytes_per_s=typical(lambda entry: read / entry.decode),
+        decode_bytes_per_s=typical(lambda entry: read / entry.together),
         limits=_typical_limits(limits) if limits else None,
         prefill_share=share(lambda entry, limit: operations / entry.prefill / limit.multiply_add_per_s),
         prefill_share_of_product=share(lambda entry, limit: operations / entry.prefill / limit.product_per_s),
-        decode_share=share(lambda entry, limit: read / entry.decode / limit.read_bytes_per_s),
+        decode_share=share(lambda entry, limit: read / entry.together / limit.read_bytes_per_s),
     )
 
 
 def _typical_limits(limits: list[Limits]) -> Limits:
-    return Limits(*(median(getattr(entry, name) for entry in limits) for name in Limits.__slots__))
+    return replace(limits[0], **{name: median(getattr(entry, name) for entry in limits) for name in _RATES})
 
 
 def _unmeasured() -> None:

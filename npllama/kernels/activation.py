@@ -9,6 +9,7 @@ import numpy as np
 
 from npllama.dtypes import Array
 from npllama.kernels.jit import compiled, exp
+from npllama.kernels.threads import share
 
 _SILU, _RELU, _GELU, _GELU_TANH = range(4)
 #: Name in a configuration -> number of the branch in `_activated`.
@@ -20,14 +21,16 @@ _SQRT_8_PI = np.float32(math.sqrt(8 / math.pi))
 def activate(x: Array, activation: str) -> Array:
     """Apply an activation to numbers of any shape. See `npllama.ops.activate`."""
     y = np.empty_like(x, order="C")
-    _activate(x.reshape(-1), y.reshape(-1), _KINDS[activation])
+    flat_x, flat_y, kind = x.reshape(-1), y.reshape(-1), _KINDS[activation]
+    share(x.size, lambda a, b: _activate(flat_x[a:b], flat_y[a:b], kind))
     return y
 
 
 def glu(gate: Array, up: Array, activation: str) -> Array:
     """Gate one projection by the other: ``activation(gate) * up``. See `npllama.ops.glu`."""
     act = np.empty_like(gate, order="C")
-    _glu(gate.reshape(-1), up.reshape(-1), act.reshape(-1), _KINDS[activation])
+    flat_gate, flat_up, flat_act, kind = gate.reshape(-1), up.reshape(-1), act.reshape(-1), _KINDS[activation]
+    share(act.size, lambda a, b: _glu(flat_gate[a:b], flat_up[a:b], flat_act[a:b], kind))
     return act
 
 

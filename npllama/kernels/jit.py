@@ -62,6 +62,7 @@ def compiled(*, parallel: bool = False, inline: bool = False) -> Callable[[_Func
             parallel=parallel,
             fastmath=_FAST,
             error_model="numpy",
+            nogil=True,
             inline="always" if inline else "never",
             cache=folder is not None,
         )

@@ -13,19 +13,30 @@ from npllama.kernels.activation import _glu
 from npllama.kernels.attend import _TILE as _TILE_OF_QUERIES
 from npllama.kernels.attend import _UNLIMITED, _attend_piece, _merge, _pieces
 from npllama.kernels.attend_piece import _matrix_at
+from npllama.kernels.by_address import call_at
 from npllama.kernels.jit import compiled
+from npllama.kernels.layer_rows import (
+    ROWS,
+    Inputs,
+    Part,
+    fetch,
+    inputs_room,
+    multiply_part,
+    no_part,
+    part_of,
+    take_input_apart,
+)
 from npllama.kernels.norm import _rms_norm
 from npllama.kernels.rope import _apply_rope
 from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
-from npllama.kernels.tiles import _PARTS, _STEP, _add_products, _deliver, _pack_panel, _split
 
-#: The matrices of a layer, in the order of the columns of a table of layers; behind their addresses come those of their
-#: biases, then those of the vectors of the norms.
+#: The matrices of a layer, in the order of the columns of a table of layers; behind those of
+#: `npllama.kernels.layer_rows` come the addresses of their biases, then those of the vectors of the norms.
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 NORMS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")
 _WQ, _WK, _WV, _WO, _W1, _W3, _W2 = range(7)
-_BIAS = 7
-_ATTENTION_NORM, _FFN_NORM, _Q_NORM, _K_NORM = range(14, 18)
+_BIAS = 28
+_ATTENTION_NORM, _FFN_NORM, _Q_NORM, _K_NORM = range(35, 39)
 
 #: Columns of a table of sequences; the first seven are those of `npllama.kernels.attend`.
 _KEYS, _VALUES, _STRIDE, _HEAD_STRIDE, _COUNT, _LENGTH, _ROW, _LAYER_STRIDE = range(8)
@@ -33,9 +44,6 @@ _KEYS, _VALUES, _STRIDE, _HEAD_STRIDE, _COUNT, _LENGTH, _ROW, _LAYER_STRIDE = ra
 #: The phases of a layer.
 _QKV, _ATTEND, _OUT, _GATE_UP, _DOWN = range(5)
 _PHASES = 5
-#: Rows of a matrix that are a unit: two tiles.
-_TILES = 2
-ROWS = 16 * _TILES
 #: Numbers from one counter to the next: none shares its cache lines with another.
 APART = 16
 
@@ -49,8 +57,8 @@ class Plan(NamedTuple):
         T, D, H, K, Dh, F, L.
     activation : int
         Its number in `npllama.kernels.activation`.
-    has_qk_norm : bool
-        Queries and keys are normed, head by head.
+    has_qk_norm, rounds : bool
+        Queries and keys are normed, head by head; the inputs of products are rounded to bfloat16.
     eps, scale : float32
         That of the norms; what scores are multiplied by, in units of ln 2.
     """
@@ -64,6 +72,7 @@ class Plan(NamedTuple):
     n_layers: int
     activation: int
     has_qk_norm: bool
+    rounds: bool
     eps: np.float32
     scale: np.float32
 
@@ -86,11 +95,10 @@ class Shared(NamedTuple):
 
 
 class Own(NamedTuple):
-    """Arrays of one thread: packed and normed input, room for tiles, and the outputs of one or two blocks."""
+    """What one thread has to itself: the input normed and taken apart, and the outputs of one or two blocks."""
 
-    packed: Array
+    inputs: Inputs
     normed: Array
-    scratch: Array
     block: Array
     second: Array
     sequences: Array
@@ -116,7 +124,7 @@ def count_units(plan: Plan, sequences: Array, windows: Array) -> Any:
         starts[phase + _DOWN] = at
         at += _units_of(plan.dim)
     starts[-1] = at
-    return starts, _pieces(sequences, plan.n_kv_heads, tile, _UNLIMITED)[1]
+    return starts, _pieces(sequences, plan.n_kv_heads, tile, np.int64(_UNLIMITED))[1]
 
 
 @compiled(inline=True)
@@ -141,15 +149,21 @@ def run_units(
     shapes: Array,
     starts: Array,
     like: Array,
+    floats: Array | None,
+    integers: Array | None,
+    work: int,
     n_threads: int,
 ) -> None:
-    """Run x through all layers, in place; every thread does what is there to do."""
+    """Run x through all layers, in place; every thread does what is there to do.
+
+    ``work`` is the address of `take_units`.
+    """
     for _ in prange(n_threads):
-        _work(plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like)
+        call_at(work, (plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, floats, integers))
 
 
 @compiled()
-def _work(
+def take_units(
     plan: Plan,
     shared: Shared,
     layers: Array,
@@ -160,24 +174,25 @@ def _work(
     shapes: Array,
     starts: Array,
     like: Array,
+    floats: Array | None,
+    integers: Array | None,
 ) -> None:
     """Take units until there are none left."""
-    own = _own(plan, sequences)
+    own = _own(plan, sequences, like)
     pieces = np.empty((0, 8), np.int64)
     tile = _queries_of_a_tile(plan)
     simd.tile_configure(shapes)
+    wide: Any = np.bool_(True)  # vector registers by name; for a literal Numba would compile attention once more
     entered, phase, later = -1, 0, 0
     unit = fetch_add(shared.counters, 0, 1)
     while unit < starts[-1]:
         phase = _phase_of(unit, phase, starts)
         layer, kind = layers[phase // _PHASES], phase % _PHASES
         following = fetch_add(shared.counters, 0, 1)
-        ahead, ahead_too, size = 0, 0, 0
+        ahead = ahead_too = no_part()
         if following < starts[-1]:
             later = _phase_of(following, later, starts)
-            ahead, ahead_too, size = _weights_of(
-                plan, layers[later // _PHASES], later % _PHASES, following - starts[later]
-            )
+            ahead, ahead_too = _parts_of(plan, layers[later // _PHASES], later % _PHASES, following - starts[later])
         _await(plan, shared.counters, layer, kind, phase, unit, starts)
         if entered != phase:
             entered = phase
@@ -196,7 +211,7 @@ def _work(
                         shared.totals,
                         shared.context,
                     )
-                _enter_product(plan, shared, own, layer, kind, like)
+                _enter_product(plan, shared, own, layer, kind, like, floats, integers)
         if kind == _ATTEND:
             line = pieces[unit - starts[phase]]
             _append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like)
@@ -208,28 +223,25 @@ def _work(
                 plan.scale,
                 windows[phase // _PHASES],
                 like,
-                True,  # vector registers by name
+                wide,
                 shared.parts,
                 shared.peaks,
                 shared.totals,
                 shared.context,
             )
         else:
-            _rows(plan, shared, own, layer, kind, unit - starts[phase], ahead, ahead_too, size, like)
+            _rows(plan, shared, own, layer, kind, unit - starts[phase], ahead, ahead_too, like, floats, integers)
         fetch_add(shared.counters, APART * (phase + 1), 1)
         unit = following
     simd.tile_release()
 
 
 @compiled()
-def _own(plan: Plan, sequences: Array) -> Own:
+def _own(plan: Plan, sequences: Array, like: Array) -> Own:
     widest = max(plan.dim, max(plan.hidden_dim, plan.n_heads * plan.head_dim))
-    packed = np.empty((widest + _STEP - 1) // _STEP * _PARTS * _STEP * plan.n_new + 3 * _STEP, np.uint16)
-    scratch = np.empty(4 * 256 + 16, np.float32)
     return Own(
-        packed[-(packed.ctypes.data // 2) % 32 :],
+        inputs_room(plan.n_new, widest, like, plan.rounds),
         np.empty((plan.n_new, plan.dim), np.float32),
-        scratch[-(scratch.ctypes.data // 4) % 16 :],
         np.empty(plan.n_new * ROWS, np.float32),
         np.empty(plan.n_new * ROWS, np.float32),
         sequences.copy(),
@@ -270,12 +282,12 @@ def _place(plan: Plan, kind: int, block: int) -> Any:
 
 
 @compiled()
-def _weights_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
-    """Return where a unit's weights begin, where its second block does (0 without one), and the bytes of a block."""
+def _parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
+    """Return the parts of matrices that a unit multiplies: one, two or none."""
     if kind == _ATTEND:
-        return 0, 0, 0
+        return no_part(), no_part()
     matrix, n, row, _ = _place(plan, kind, block)
-    return layer[matrix] + 2 * row * n, layer[_W3] + 2 * row * n if kind == _GATE_UP else 0, 2 * n * ROWS
+    return part_of(layer, matrix, row, n), part_of(layer, _W3, row, n) if kind == _GATE_UP else no_part()
 
 
 @compiled()
@@ -283,11 +295,9 @@ def _await(plan: Plan, counters: Array, layer: Array, kind: int, phase: int, uni
     """Wait until the phase before a unit's is finished; meanwhile fetch the unit's weights from memory."""
     if phase == 0 or load_acquire(counters, APART * phase) == starts[phase] - starts[phase - 1]:
         return
-    first, second, size = _weights_of(plan, layer, kind, unit - starts[phase])
-    for line in range(0, size, 64):
-        simd.prefetch(first, line)
-    for line in range(0, size if second else 0, 64):
-        simd.prefetch(second, line)
+    first, second = _parts_of(plan, layer, kind, unit - starts[phase])
+    fetch(first)
+    fetch(second)
     while load_acquire(counters, APART * phase) < starts[phase] - starts[phase - 1]:
         pause()
 
@@ -303,40 +313,34 @@ def _enter_attention(plan: Plan, own: Own, sequences: Array, layer: int, tile: i
 
 
 @compiled()
-def _enter_product(plan: Plan, shared: Shared, own: Own, layer: Array, kind: int, like: Array) -> None:
-    """Pack what the rows of a phase are multiplied by."""
+def _enter_product(
+    plan: Plan,
+    shared: Shared,
+    own: Own,
+    layer: Array,
+    kind: int,
+    like: Array,
+    floats: Array | None,
+    integers: Array | None,
+) -> None:
+    """Take apart what the rows of a phase are multiplied by."""
+    inputs = own.inputs
     if kind == _QKV:
         _rms_norm(shared.x, _vector(layer[_ATTENTION_NORM], plan.dim, like), plan.eps, own.normed)
-        _pack_input(own.normed, own.packed)
+        take_input_apart(own.normed, layer, np.int64(_WQ), np.int64(_WO), inputs, floats, integers)
     elif kind == _OUT:
-        _pack_input(shared.context.reshape(plan.n_new, -1), own.packed)
+        context = shared.context.reshape(plan.n_new, plan.n_heads * plan.head_dim)
+        take_input_apart(context, layer, np.int64(_WO), np.int64(_W1), inputs, floats, integers)
     elif kind == _GATE_UP:
         _rms_norm(shared.mid, _vector(layer[_FFN_NORM], plan.dim, like), plan.eps, own.normed)
-        _pack_input(own.normed, own.packed)
+        take_input_apart(own.normed, layer, np.int64(_W1), np.int64(_W2), inputs, floats, integers)
     else:
-        _pack_input(shared.act, own.packed)
+        take_input_apart(shared.act, layer, np.int64(_W2), np.int64(_W2 + 1), inputs, floats, integers)
 
 
 @compiled(inline=True)
 def _vector(address: int, size: int, like: Array) -> Any:
     return _matrix_at(address, like, 1, size)[0]
-
-
-@compiled()
-def _pack_input(x: Array, packed: Array) -> None:
-    """Pack x (T, N) as one panel of T tokens. That of a single token has its numbers in order."""
-    n_new, width = x.shape
-    steps = (width + _STEP - 1) // _STEP
-    if n_new > 1:
-        _pack_panel(x, packed, 0, n_new, 0, 0, steps)
-        return
-    for s in range(steps):
-        start = min(_STEP * s, width - _STEP)
-        parts = packed[_PARTS * _STEP * s : _PARTS * _STEP * (s + 1)]
-        _split(x[0, start : start + _STEP], parts[:_STEP], parts[_STEP : 2 * _STEP], parts[2 * _STEP :])
-        for part in range(_PARTS):
-            for j in range(_STEP * s - start):
-                parts[part * _STEP + j] = 0
 
 
 @compiled()
@@ -347,21 +351,20 @@ def _rows(
     layer: Array,
     kind: int,
     block: int,
-    ahead: int,
-    ahead_too: int,
-    size: int,
+    ahead: Part,
+    ahead_too: Part,
     like: Array,
+    floats: Array | None,
+    integers: Array | None,
 ) -> None:
-    """Do a unit of rows; fetch ``size`` bytes at ``ahead``, and as many at ``ahead_too``, for the next unit."""
+    """Do a unit of rows, and fetch two parts for the next one."""
     matrix, n, row, skipped = _place(plan, kind, block)
-    rows_ahead = min(ROWS, (size + 2 * n - 1) // (2 * n))
-    _multiply_rows(layer[matrix] + 2 * row * n, n, plan.n_new, own, own.block, ahead, rows_ahead)
+    multiply_part(plan.n_new, part_of(layer, matrix, row, n), ahead, own.inputs, own.block, floats, integers)
     _add_bias(own.block, layer[_BIAS + matrix] + 4 * row, like)
     if kind == _QKV:
         _copy(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
     elif kind == _GATE_UP:
-        rows_ahead = rows_ahead if ahead_too else 0
-        _multiply_rows(layer[_W3] + 2 * row * n, n, plan.n_new, own, own.second, ahead_too, rows_ahead)
+        multiply_part(plan.n_new, part_of(layer, _W3, row, n), ahead_too, own.inputs, own.second, floats, integers)
         _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
         _glu(own.block, own.second, own.block, plan.activation)
         _copy(own.block, shared.act, row, skipped)
@@ -371,18 +374,6 @@ def _rows(
     else:
         _add_residual(own.block, shared.mid, row)
         _copy(own.block, shared.x, row, skipped)
-
-
-@compiled()
-def _multiply_rows(weight: int, width: int, n_new: int, own: Own, block: Array, ahead: int, rows_ahead: int) -> None:
-    """Fill a block (T, rows), flat, with the packed input times the rows at an address."""
-    steps = (width + _STEP - 1) // _STEP
-    simd.tile_zero(0)
-    simd.tile_zero(1)
-    _add_products(weight, width, _TILES, own.packed, 0, 4 * n_new, 0, steps, ahead, rows_ahead, own.scratch)
-    simd.tile_store(0, own.scratch, 0, 64)
-    simd.tile_store(1, own.scratch, 256, 64)
-    _deliver(own.scratch, _TILES, block.ctypes.data, 4 * ROWS, n_new)
 
 
 @compiled()

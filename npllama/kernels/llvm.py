@@ -24,10 +24,18 @@ _LANE: dict[Any, Any] = {
     types.int32: ir.IntType(32),
     types.int8: ir.IntType(8),
     types.uint8: ir.IntType(8),
+    types.uint16: ir.IntType(16),
 }
-_LANE_BYTES: dict[Any, int] = {types.float32: 4, types.int32: 4, types.int8: 1, types.uint8: 1}
+_LANE_BYTES: dict[Any, int] = {types.float32: 4, types.int32: 4, types.int8: 1, types.uint8: 1, types.uint16: 2}
 BYTE, WORD, LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 POINTER = BYTE.as_pointer()
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's type of a bfloat16, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
 
 
 class Vector(types.Type):
@@ -49,6 +57,7 @@ class _VectorModel(PrimitiveModel):
 
 FLOAT_VECTOR, INT_VECTOR = ir.VectorType(ir.FloatType(), 16), ir.VectorType(WORD, 16)
 BYTE_VECTOR = ir.VectorType(BYTE, 64)
+SHORT_VECTOR, BFLOAT_VECTOR = ir.VectorType(ir.IntType(16), 32), ir.VectorType(_BFloat(), 32)
 FLOATS, INTS = Vector(types.float32), Vector(types.int32)
 
 

@@ -9,9 +9,10 @@ from itertools import zip_longest
 from typing import TypeAlias
 
 from npllama.dtypes import Array, Tensor
-from npllama.kernels import portable, quantised, quantised_dots, quantised_tiles, tiles
+from npllama.kernels import amx, portable, quantised, quantised_dots, quantised_tiles
 from npllama.kernels.features import choose, host_features, ladder
 from npllama.kernels.memory import aligned
+from npllama.kernels.rounded import rounded
 
 #: ``product(x, weights, outputs)``: fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, all of one storage type.
 Product: TypeAlias = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
@@ -24,9 +25,13 @@ _QUANTISED: dict[str, Product] = {
 #: Storage type of the weights -> path of `npllama.kernels.features` -> product.
 PRODUCTS: dict[str, dict[str, Product]] = {
     "float32": {"portable": portable.multiply},
-    "bfloat16": {"amx": tiles.multiply, "portable": portable.multiply},
+    "bfloat16": {"amx": amx.multiply_bfloat16, "portable": portable.multiply},
     "int8": _QUANTISED,
     "int4": _QUANTISED,
+}
+#: Path -> storage type -> product that gains by an input which is rounded to bfloat16. The others round it first.
+ROUNDED: dict[str, dict[str, Product]] = {
+    "amx": dict.fromkeys(("bfloat16", "int8", "int4"), amx.multiply_rounded),
 }
 
 
@@ -66,8 +71,15 @@ class Products:
 
 
 @cache
-def products(forced: str | None = None) -> Products:
+def products(forced: str | None = None, activations: str = "float32") -> Products:
     """Return the products of the best path for this processor, or of a forced one.
+
+    Parameters
+    ----------
+    forced : str, optional
+        One of `npllama.kernels.features.PATHS`.
+    activations : {"float32", "bfloat16"}
+        What the input of every product is rounded to.
 
     Raises
     ------
@@ -77,7 +89,16 @@ def products(forced: str | None = None) -> Products:
     path = choose(host_features(), forced)
     steps = ladder(path)
     by_dtype = {dtype: next(by_path[step] for step in steps if step in by_path) for dtype, by_path in PRODUCTS.items()}
+    if activations == "bfloat16":
+        by_dtype = {
+            dtype: ROUNDED.get(path, {}).get(dtype) or _rounding(product) for dtype, product in by_dtype.items()
+        }
     return Products(path, by_dtype)
+
+
+def _rounding(product: Product) -> Product:
+    """Return a product that rounds its input to bfloat16 first."""
+    return lambda x, weights, outputs: product(rounded(x), weights, outputs)
 
 
 def linear(x: Array, weight: Tensor, bias: Tensor | None = None) -> Array:

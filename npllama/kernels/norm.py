@@ -6,12 +6,13 @@ import numpy as np
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels.jit import compiled, widened
+from npllama.kernels.threads import rows_worth, share
 
 
 def rms_norm(x: Array, weight: Tensor, eps: float) -> Array:
     """Scale each row to a root mean square of one, then by the weight. See `npllama.ops.rms_norm`."""
     y = np.empty_like(x)
-    _rms_norm(x, weight.data, np.float32(eps), y)
+    share(len(x), lambda a, b: _rms_norm(x[a:b], weight.data, np.float32(eps), y[a:b]), least=rows_worth(x))
     return y
 
 
@@ -30,7 +31,11 @@ def _rms_norm(x: Array, weight: Array, eps: np.float32, y: Array) -> None:
 def layer_norm(x: Array, weight: Tensor, bias: Tensor, eps: float) -> Array:
     """Shift and scale each row to mean 0 and variance 1, then by weight and bias. See `npllama.ops.layer_norm`."""
     y = np.empty_like(x)
-    _layer_norm(x, weight.data, bias.data, np.float32(eps), y)
+    share(
+        len(x),
+        lambda a, b: _layer_norm(x[a:b], weight.data, bias.data, np.float32(eps), y[a:b]),
+        least=rows_worth(x),
+    )
     return y
 
 

@@ -13,13 +13,15 @@ from npllama.kernels.matmul import products
 from npllama.kernels.through_layers import through_layers_by
 
 
-def twins(path: str | None = None) -> dict[str, Callable[..., Any]]:
+def twins(path: str | None = None, activations: str = "float32") -> dict[str, Callable[..., Any]]:
     """Return every kernel by the name of its operation.
 
     Parameters
     ----------
     path : str, optional
         One of `npllama.kernels.features.PATHS`; by default the best one for this processor.
+    activations : {"float32", "bfloat16"}
+        What the input of every product with weights is rounded to.
 
     Raises
     ------
@@ -27,14 +29,12 @@ def twins(path: str | None = None) -> dict[str, Callable[..., Any]]:
         See `npllama.kernels.features.choose`.
     """
     found = {name: getattr(kernels, name) for name in kernels.__all__ if name.islower()}
-    if path is not None:
-        product, attend = products(path), attending(path)
-        found |= {
-            "linear": product.linear,
-            "linears": product.linears,
-            "expert_linear": partial(expert_linear_by, product.linear),
-            "attention": attend.attention,
-            "attentions": attend.attentions,
-            "through_layers": partial(through_layers_by, path),
-        }
-    return found
+    product, attend = products(path, activations), attending(path)
+    return found | {
+        "linear": product.linear,
+        "linears": product.linears,
+        "expert_linear": partial(expert_linear_by, product.linear),
+        "attention": attend.attention,
+        "attentions": attend.attentions,
+        "through_layers": partial(through_layers_by, product.path, activations=activations),
+    }

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
@@ -15,15 +17,20 @@ from numba import prange
 from numpy.typing import NDArray
 
 from npllama.dtypes import Array, Tensor
+from npllama.kernels import simd
 from npllama.kernels.jit import compiled
-from npllama.kernels.matmul import linear
 from npllama.kernels.simd import add, add_lanes, broadcast, fused_multiply_add
 
-_Clock = Callable[[], float]
+_Clock: TypeAlias = Callable[[], float]
 
 _LANES = 16
 _CHAINS = 8  # a multiply-add takes 4 cycles and two units start one in each: so many are under way at once
 _ROUNDS = 1 << 20  # some milliseconds
+_TILE_ROUNDS = 1 << 17  # some milliseconds, too
+_PRODUCTS = 4
+_TILE_ROWS, _TILE_BYTES = 16, 64
+#: What a tile holds numbers of -> what it sums in.
+_SUMS: dict[str, type] = {"uint16": np.float32, "int8": np.int32}
 
 
 def read_rate(numbers: NDArray[np.float32], clock: _Clock = time.perf_counter) -> float:
@@ -42,12 +49,95 @@ def multiply_add_rate(clock: _Clock = time.perf_counter) -> float:
     return 2 * _LANES * _CHAINS * _ROUNDS * len(sums) / (clock() - begin)
 
 
-def product_rate(x: Array, weight: Tensor, clock: _Clock = time.perf_counter) -> float:
-    """Operations per second that the kernel of matrix products reaches on x (T, N) · weight (M, N)ᵀ."""
+def tile_rate(numbers: str, clock: _Clock = time.perf_counter) -> float:
+    """Operations per second of multiply-adds (two operations each) of tiles in registers, all threads together.
+
+    Parameters
+    ----------
+    numbers : {"uint16", "int8"}
+        What the tiles hold: bfloat16 bit patterns, or bytes.
+    clock : callable
+        Returns seconds.
+
+    Notes
+    -----
+    The processor needs a matrix unit, see `npllama.kernels.features`.
+    """
+    tile = np.ones((_TILE_ROWS, _TILE_BYTES), np.uint8).view(numbers)
+    sums: Array = np.empty((numba.get_num_threads(), 4, _TILE_ROWS, _TILE_ROWS), _SUMS[numbers])
     begin = clock()
+    _tile_dots(tile, _TILE_ROUNDS, _shapes(), sums)
+    return 2 * sums.size * tile.shape[1] * _TILE_ROUNDS / (clock() - begin)
+
+
+def product_rate(
+    linear: Callable[[Array, Tensor], Array], x: Array, weight: Tensor, clock: _Clock = time.perf_counter
+) -> float:
+    """Operations per second that a model's product reaches on x (T, N) · weight (M, N)ᵀ.
+
+    It runs once before the clock starts: a first call waits for memory and for threads that sleep, as one of many in a
+    row does not.
+    """
     linear(x, weight)
+    begin = clock()
+    for _ in range(_PRODUCTS):
+        linear(x, weight)
     seconds = clock() - begin
-    return 2 * len(x) * weight.shape[0] * weight.shape[1] / seconds
+    return _PRODUCTS * 2 * len(x) * weight.shape[0] * weight.shape[1] / seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What computes the products of many tokens.
+
+    Attributes
+    ----------
+    name : str
+        The unit, and in how many parts it takes its input.
+    rate : callable
+        Operations per second of the unit's instructions.
+    parts : int
+        Instructions that compute one product, each of a part of the input.
+    """
+
+    name: str
+    rate: Callable[[], float]
+    parts: int = 1
+
+    def limit(self) -> float:
+        """Operations of products per second that the unit allows; measured at every call."""
+        return self.rate() / self.parts
+
+
+_VECTORS = Arithmetic("vector registers", multiply_add_rate)
+_THREE_DIGITS = Arithmetic("the matrix unit, three digits", partial(tile_rate, "int8"), 3)
+#: Path of the kernels, what activations are rounded to, storage type of the weights -> what computes more than 16
+#: tokens' products where that is not multiply-adds of float32 vectors. See `npllama.kernels.matmul` for what it is.
+_UNITS: dict[tuple[str, str], dict[str, Arithmetic]] = {
+    ("amx", "float32"): {
+        "bfloat16": Arithmetic("the matrix unit, three parts", partial(tile_rate, "uint16"), 3),
+        "int8": _THREE_DIGITS,
+        "int4": _THREE_DIGITS,
+    },
+    ("amx", "bfloat16"): dict.fromkeys(
+        ("bfloat16", "int8", "int4"), Arithmetic("the matrix unit, one part", partial(tile_rate, "uint16"))
+    ),
+}
+
+
+def arithmetic(path: str, activations: str, dtype: str) -> Arithmetic:
+    """Return what computes the products of a model.
+
+    Parameters
+    ----------
+    path : str
+        One of `npllama.kernels.features.PATHS`.
+    activations : {"float32", "bfloat16"}
+        What the input of products is rounded to.
+    dtype : str
+        Storage type of the weights.
+    """
+    return _UNITS.get((path, activations), {}).get(dtype, _VECTORS)
 
 
 @compiled(parallel=True)
@@ -86,3 +176,56 @@ def _chains(factor: Any, summand: Any, rounds: int) -> Any:
         c4, c5 = fused_multiply_add(c4, a, b), fused_multiply_add(c5, a, b)
         c6, c7 = fused_multiply_add(c6, a, b), fused_multiply_add(c7, a, b)
     return add_lanes(add(add(add(c0, c1), add(c2, c3)), add(add(c4, c5), add(c6, c7))))
+
+
+def _shapes() -> Array:
+    """Return the shapes of eight tiles of 16 rows of 64 bytes. See `simd.tile_configure`."""
+    shapes = np.zeros(64, np.uint8)
+    shapes[0] = 1
+    shapes[16:32:2] = _TILE_BYTES
+    shapes[48:56] = _TILE_ROWS
+    return shapes
+
+
+@compiled(parallel=True)
+def _tile_dots(tile: Array, rounds: int, shapes: Array, sums: Array) -> None:
+    """Fill sums (threads, 4, 16, 16) with so many products of a tile (16, K) with itself, four for each thread."""
+    for i in prange(sums.shape[0]):
+        simd.tile_configure(shapes)
+        simd.tile_load(4, tile, 0, _TILE_BYTES)
+        simd.tile_load(5, tile, 0, _TILE_BYTES)
+        simd.tile_load(6, tile, 0, _TILE_BYTES)
+        simd.tile_load(7, tile, 0, _TILE_BYTES)
+        simd.tile_zero(0)
+        simd.tile_zero(1)
+        simd.tile_zero(2)
+        simd.tile_zero(3)
+        if tile.itemsize == 1:
+            _add_dots_of_bytes(rounds)
+        else:
+            _add_dots(rounds)
+        simd.tile_store(0, sums[i], 0, _TILE_BYTES)
+        simd.tile_store(1, sums[i, 1], 0, _TILE_BYTES)
+        simd.tile_store(2, sums[i, 2], 0, _TILE_BYTES)
+        simd.tile_store(3, sums[i, 3], 0, _TILE_BYTES)
+        simd.tile_release()
+
+
+@compiled()
+def _add_dots(rounds: int) -> None:
+    """Add so often the products of tiles 4 and 5 with 6 and 7 to tiles 0 to 3."""
+    for _ in range(rounds):
+        simd.tile_dot_bfloat16(0, 4, 6)
+        simd.tile_dot_bfloat16(1, 5, 6)
+        simd.tile_dot_bfloat16(2, 4, 7)
+        simd.tile_dot_bfloat16(3, 5, 7)
+
+
+@compiled()
+def _add_dots_of_bytes(rounds: int) -> None:
+    """Do the same with tiles of bytes."""
+    for _ in range(rounds):
+        simd.tile_dot_int8(0, 4, 6)
+        simd.tile_dot_int8(1, 5, 6)
+        simd.tile_dot_int8(2, 4, 7)
+        simd.tile_dot_int8(3, 5, 7)

@@ -6,12 +6,13 @@ import numpy as np
 
 from npllama.dtypes import Array
 from npllama.kernels.jit import compiled
+from npllama.kernels.threads import rows_worth, share
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     """Turn each interleaved pair of each head by its position's angle. See `npllama.ops.apply_rope`."""
     y = np.empty_like(x)
-    _apply_rope(x, cos, sin, y)
+    share(len(x), lambda a, b: _apply_rope(x[a:b], cos[a:b], sin[a:b], y[a:b]), least=rows_worth(x))
     return y
 
 

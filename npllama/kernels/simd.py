@@ -28,6 +28,7 @@ from llvmlite import ir
 from numba import types
 
 from npllama.kernels.llvm import (
+    BFLOAT_VECTOR,
     BYTE,
     BYTE_VECTOR,
     FLOAT_VECTOR,
@@ -35,6 +36,7 @@ from npllama.kernels.llvm import (
     INT_VECTOR,
     INTS,
     LONG,
+    SHORT_VECTOR,
     WORD,
     Vector,
     address,
@@ -119,6 +121,40 @@ def load_nibbles(context: Any, array: Any, index: Any) -> Any:
         return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(WORD, 64), [*range(64)]))
 
     return vector(array, types.int64), code
+
+
+@intrinsic
+def load_int8(context: Any, array: Any, index: Any) -> Any:
+    """``load_int8(array, index)``: sixteen int8 as float32. VPMOVSXBD, VCVTDQ2PS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        numbers = loaded(context, builder, signature, arguments, ir.VectorType(BYTE, 16))
+        return builder.sitofp(builder.sext(numbers, INT_VECTOR), FLOAT_VECTOR)
+
+    return FLOATS(array, types.int64), code
+
+
+@intrinsic
+def load_low_nibbles(context: Any, array: Any, index: Any) -> Any:
+    """``load_low_nibbles(array, index)``: the low halves of sixteen bytes as float32. VPMOVZXBD, VPANDD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pairs = loaded(context, builder, signature, arguments, ir.VectorType(BYTE, 16))
+        low = builder.and_(pairs, ir.Constant(ir.VectorType(BYTE, 16), [15] * 16))
+        return builder.sitofp(builder.zext(low, INT_VECTOR), FLOAT_VECTOR)
+
+    return FLOATS(array, types.int64), code
+
+
+@intrinsic
+def load_high_nibbles(context: Any, array: Any, index: Any) -> Any:
+    """``load_high_nibbles(array, index)``: the high halves of sixteen bytes as float32. VPMOVZXBD, VPSRLD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pairs = builder.zext(loaded(context, builder, signature, arguments, ir.VectorType(BYTE, 16)), INT_VECTOR)
+        return builder.sitofp(builder.lshr(pairs, ir.Constant(INT_VECTOR, [4] * 16)), FLOAT_VECTOR)
+
+    return FLOATS(array, types.int64), code
 
 
 @intrinsic
@@ -217,6 +253,22 @@ def power_of_two(context: Any, vector: Any) -> Any:
         return builder.bitcast(builder.shl(exponent, ir.Constant(INT_VECTOR, [23] * 16)), FLOAT_VECTOR)
 
     return FLOATS(FLOATS), code
+
+
+@intrinsic
+def to_bfloat16(context: Any, low: Any, high: Any) -> Any:
+    """``to_bfloat16(low, high)``: 32 float32 as the nearest bfloat16 (uint16), ties to even. VCVTNE2PS2BF16.
+
+    Numbers below 2**-126 count as zero.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        low, high = arguments
+        return builder.bitcast(
+            call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOAT_VECTOR, high, low), SHORT_VECTOR
+        )
+
+    return Vector(types.uint16)(FLOATS, FLOATS), code
 
 
 @intrinsic

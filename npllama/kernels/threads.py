@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -12,6 +14,8 @@ import numba
 
 #: What TBB's runtime is called on Linux since its version 2021; elsewhere Numba finds it by itself.
 _TBB = "libtbb.so.12"
+#: Numbers that a thread turns over in about as long as waking it takes.
+_LEAST = 1 << 16
 
 
 def use_threads(count: int) -> None:
@@ -19,6 +23,45 @@ def use_threads(count: int) -> None:
     find_tbb()
     settings: Any = numba.config
     numba.set_num_threads(min(count, settings.NUMBA_NUM_THREADS))
+
+
+def share(count: int, work: Callable[[int, int], None], *, least: int = _LEAST) -> None:
+    """Do ``work(start, stop)`` for parts that make up [0, count), each on a thread of its own.
+
+    For compiled functions without a parallel loop of their own, which would take longer to compile. Handing a part to
+    another thread takes some 50 microseconds.
+
+    Parameters
+    ----------
+    count : int
+        Things to be worked on.
+    work : callable
+        A compiled function, or what calls one: it lets go of Python's lock.
+    least : int
+        The least that is worth a thread. Parts begin at multiples of it, so that loops over them, which run over whole
+        vector registers first, treat each thing alike for any number of threads.
+    """
+    if count <= least:
+        work(0, count)
+        return
+    units = -(-count // least)
+    parts = max(1, min(numba.get_num_threads(), units))
+    bounds = [min(count, least * (units * part // parts)) for part in range(parts + 1)]
+    others = [_pool(parts - 1).submit(work, *bounds[i : i + 2]) for i in range(1, parts)]
+    work(*bounds[:2])
+    for other in others:
+        other.result()
+
+
+def rows_worth(x: Any) -> int:
+    """Return how many rows of an array x (T, ...) are worth a thread."""
+    return int(max(1, _LEAST * len(x) // max(1, x.size)))
+
+
+@cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    """Return threads that wait for work. There are none until the first work comes."""
+    return ThreadPoolExecutor(size, thread_name_prefix="npllama")
 
 
 @cache

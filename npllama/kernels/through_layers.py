@@ -32,12 +32,14 @@ from numpy.typing import NDArray
 from npllama.dtypes import Array
 from npllama.kernels.activation import _KINDS
 from npllama.kernels.attend import _TILE, _UNLIMITED
+from npllama.kernels.by_address import address_of
 from npllama.kernels.features import choose, host_features
-from npllama.kernels.layer_units import APART, MATRICES, NORMS, ROWS, Plan, Shared, count_units, run_units
+from npllama.kernels.layer_rows import FORMS, ROWS
+from npllama.kernels.layer_units import APART, MATRICES, NORMS, Plan, Shared, count_units, run_units, take_units
 from npllama.kernels.memory import aligned
 from npllama.kernels.tiles import _STEP, _shapes
 
-#: Tokens of a panel: what one pass over the weights serves.
+#: Tokens of a panel: what one pass over bfloat16 weights serves. Integers are multiplied with one.
 _MOST_TOKENS = 16
 #: Bytes of a row of D numbers from which on going layer by layer is faster, by 10 % where D is 2048; where D is 576 it
 #: is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
@@ -53,24 +55,39 @@ class ThroughLayers:
     weights : Weights
         Those of a model that `through_layers` knows.
     config : ModelConfig
+    rounds : bool
+        The inputs of products are rounded to bfloat16.
     """
 
-    def __init__(self, weights: Any, config: Any) -> None:
+    def __init__(self, weights: Any, config: Any, *, rounds: bool = False) -> None:
         self._config = config
+        self._rounds = rounds
         widest = max(config.dim, config.hidden_dim, config.n_heads * config.head_dim)
         # Adding -0 changes no number, not even a zero: it stands for a bias that is not there.
         self._nothing = np.full(widest, -0.0, np.float32)
         self._vectors: list[Array] = []  # whatever the table points to must live
         self._weights = weights
         self._layers = np.array([self._addresses(layer) for layer in weights.layers], np.int64)
+        forms = {getattr(layer, name).dtype for layer in weights.layers for name in MATRICES}
+        self._floats = _NUMBERS if "bfloat16" in forms else None
+        self._integers = _NUMBERS if forms != {"bfloat16"} else None
+        self._most_tokens = _MOST_TOKENS if self._integers is None else 1
+        self._work: int | None = None
         self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
 
     def _addresses(self, layer: Any) -> list[int]:
         """Return a line of the table of layers; see `npllama.kernels.layer_units.MATRICES`."""
+        matrices = [getattr(layer, name) for name in MATRICES]
         vectors = [getattr(layer, f"{name}_bias") for name in MATRICES] + [getattr(layer, name) for name in NORMS]
         numbers = [self._nothing if vector is None else vector.numbers() for vector in vectors]
         self._vectors += numbers
-        return [getattr(layer, name).data.ctypes.data for name in MATRICES] + [row.ctypes.data for row in numbers]
+        arrays = (
+            [matrix.data for matrix in matrices]
+            + [matrix.data if matrix.scales is None else matrix.scales for matrix in matrices]
+            + [matrix.data if matrix.minima is None else matrix.minima for matrix in matrices]
+        )
+        forms = [FORMS[matrix.dtype] for matrix in matrices]
+        return [array.ctypes.data for array in arrays] + forms + [row.ctypes.data for row in numbers]
 
     def __call__(self, x: Array, rope: tuple[Array, Array], cache: Any) -> Array | None:
         """Run all layers, and write the new positions to the cache.
@@ -86,10 +103,10 @@ class ThroughLayers:
         Returns
         -------
         ndarray of shape (T, D), float32, or None
-            None where nothing was done: for many tokens, or a cache that is not float32.
+            None where nothing was done: for many tokens (with integers, more than one), or a cache that is not float32.
         """
         caches, counts = getattr(cache, "caches", (cache,)), getattr(cache, "counts", (len(x),))
-        if len(x) > _MOST_TOKENS:
+        if len(x) > self._most_tokens:
             return None
         rooms = [own.room() for own in caches]
         if any(room.dtype != _NUMBERS.dtype for room in rooms):
@@ -98,18 +115,14 @@ class ThroughLayers:
         plan = self._plan(len(x))
         starts, n_parts = count_units(plan, sequences, self._windows)
         shared = self._shared(x, n_parts, len(starts))
-        run_units(
-            plan,
-            shared,
-            self._layers,
-            self._windows,
-            sequences,
-            *rope,
-            _shapes(len(x)),
-            starts,
-            _NUMBERS,
-            numba.get_num_threads(),
+        cos, sin = (np.ascontiguousarray(table, np.float32) for table in rope)
+        arguments = (
+            *(plan, shared, self._layers, self._windows, sequences, cos, sin),
+            *(_shapes(len(x)), starts, _NUMBERS, self._floats, self._integers),
         )
+        if self._work is None:  # the types of what is above are always the same
+            self._work = address_of(take_units, *arguments)
+        run_units(*arguments, self._work, numba.get_num_threads())
         return shared.x
 
     def _plan(self, n_new: int) -> Plan:
@@ -124,6 +137,7 @@ class ThroughLayers:
             config.n_layers,
             _KINDS[config.activation],
             config.qk_norm == "head",
+            self._rounds,
             np.float32(config.norm_eps),
             np.float32(math.log2(math.e) / math.sqrt(config.score_dim or config.head_dim)),
         )
@@ -164,13 +178,16 @@ def through_layers(weights: Any, config: Any) -> ThroughLayers | None:
     weights : Weights
     config : ModelConfig
         Known are models with RMSNorm before each step, RoPE, a gated feed-forward layer and no experts, with matrices
-        in bfloat16 and D below 2048, on a processor with a matrix unit.
+        in bfloat16, int8 and int4 and D below 2048, on a processor with a matrix unit.
     """
     return through_layers_by(choose(host_features()), weights, config)
 
 
-def through_layers_by(path: str, weights: Any, config: Any) -> ThroughLayers | None:
-    """Do `through_layers` with the kernels of one path; see `npllama.kernels.features`."""
+def through_layers_by(path: str, weights: Any, config: Any, *, activations: str = "float32") -> ThroughLayers | None:
+    """Do `through_layers` with the kernels of one path, and the inputs of products rounded to ``activations``.
+
+    See `npllama.kernels.features` and `npllama.rounding`.
+    """
     plain = config.norm == "rms" and config.norm_order == "pre" and config.gated and config.experts is None
     if path != "amx" or not plain or config.positions != "rope" or config.qk_norm == "projection":
         return None
@@ -178,13 +195,13 @@ def through_layers_by(path: str, weights: Any, config: Any) -> ThroughLayers | N
         return None
     matrices = [getattr(layer, name) for layer in weights.layers for name in MATRICES]
     fits = all(
-        matrix.dtype == "bfloat16"
+        matrix.dtype in FORMS
         and matrix.shape[0] >= ROWS
         and matrix.shape[1] >= _STEP
-        and matrix.data.flags.c_contiguous
+        and all(part.flags.c_contiguous for part in matrix.parts)
         for matrix in matrices
     )
-    return ThroughLayers(weights, config) if fits else None
+    return ThroughLayers(weights, config, rounds=activations == "bfloat16") if fits else None
 
 
 def _table(rooms: list[Array], counts: Any, lengths: list[int]) -> NDArray[np.int64]:

@@ -27,7 +27,12 @@ def ticking(model: Any, seconds: Callable[[int], float]) -> tuple[Any, Callable[
         now += seconds(len(tokens))
         return forward(tokens, cache, last=last)
 
-    model.forward = slow
+    def slow_together(sequences: Any, caches: Any, *, last: bool = False) -> Any:
+        nonlocal now
+        now += seconds(len(sequences))
+        return [forward(tokens, cache, last=last) for tokens, cache in zip(sequences, caches, strict=True)]
+
+    model.forward, model.forward_many = slow, slow_together
     return model, lambda: now
 
 
@@ -66,10 +71,12 @@ def test_a_share_is_taken_of_what_the_machine_did_in_the_same_round() -> None:
 
     def limits() -> Limits:
         rate = next(rates)
-        return Limits(read_bytes_per_s=rate, multiply_add_per_s=1e6 * rate, product_per_s=5e5 * rate)
+        return Limits(
+            read_bytes_per_s=rate, multiply_add_per_s=1e6 * rate, product_per_s=5e5 * rate, arithmetic="tubes"
+        )
 
     speed = bench(model, prompt=200, decode=4, limits=limits, clock=clock)
-    assert speed.limits == Limits(8000.0, 8e9, 4e9)
+    assert speed.limits == Limits(8000.0, 8e9, 4e9, "tubes")
     assert speed.decode_share == pytest.approx(2000 / 8000)
     assert speed.prefill_share == pytest.approx(prefill_operations(model, 200) * 5 / 8e9)
     assert speed.prefill_share_of_product == pytest.approx(2 * speed.prefill_share)
@@ -112,7 +119,52 @@ def test_of_experts_those_are_counted_that_are_asked() -> None:
     assert dense - prefill_operations(model, 4) == -(2 * 4 * 3 * 64 * (2 * 96 + 32 - 192))
 
 
-@pytest.mark.parametrize("name", ["prompt", "decode", "rounds"])
+def test_sequences_that_decode_together_are_counted_together_and_one_of_them_alone_before() -> None:
+    model, clock = ticking(bigram()[0], lambda count: {1: 0.5, 8: 1.0}.get(count, 0.1))
+    speed = bench(model, prompt=200, decode=4, batch=8, clock=clock)
+    assert (speed.batch, speed.decode_tokens) == (8, 4)
+    assert speed.decode_alone_tokens_per_s == pytest.approx(2)
+    assert speed.decode_tokens_per_s == pytest.approx(8)
+    assert speed.batch_gain == pytest.approx(4)
+    assert speed.decode_bytes_per_s == pytest.approx(1000)  # of weights, once in a second for all
+
+
+def test_one_sequence_alone_is_not_decoded_twice() -> None:
+    model, clock = ticking(bigram()[0], by_length)
+    speed = bench(model, prompt=200, decode=4, clock=clock)
+    assert (speed.batch, speed.batch_gain) == (1, 1)
+    assert speed.decode_alone_tokens_per_s == speed.decode_tokens_per_s
+
+
+def test_every_sequence_of_a_batch_has_its_own_tokens_behind_the_same_prompt() -> None:
+    model = loud_model(loud_config(n_layers=2, n_kv_heads=2, head_dim=16))
+    passes: list[tuple[list[int], list[list[int]]]] = []
+    forward_many = model.forward_many
+
+    def watched(sequences: Any, caches: Any, *, last: bool = False) -> Any:
+        seen = [cache.tokens.tolist() for cache in caches]
+        passes.append(([cache.length for cache in caches], seen))
+        return forward_many(sequences, caches, last=last)
+
+    model.forward_many = watched  # type: ignore[method-assign]
+    speed = bench(model, prompt=8, decode=3, rounds=1, batch=4)
+    lengths = [length for length, _ in passes]
+    assert lengths == [[8] * 4, [9] * 4, [8] * 4, [9] * 4, [10] * 4]  # two steps to warm up, and three
+    assert len({tuple(tokens) for tokens in passes[2][1]}) == 1
+    assert len({tuple(tokens) for tokens in passes[4][1]}) == 4
+    positions = (9 + 10 + 11) / 3
+    assert speed.cache_bytes_per_token == positions * 2 * 2 * 2 * 16 * 4  # of one sequence
+    read = speed.bytes_per_token + 4 * speed.cache_bytes_per_token
+    assert speed.decode_bytes_per_s == pytest.approx(read * speed.decode_tokens_per_s / 4)
+
+
+def test_a_cache_of_half_the_size_is_read_in_half_the_bytes() -> None:
+    model = loud_model(loud_config(n_layers=2))
+    whole, half = (bench(model, prompt=8, decode=2, rounds=1, cache_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert whole.cache_bytes_per_token == 2 * half.cache_bytes_per_token
+
+
+@pytest.mark.parametrize("name", ["prompt", "decode", "rounds", "batch"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_a_count_below_one_is_an_error(name: str, value: Any) -> None:
     with pytest.raises(ParameterError, match=f"{name} is {value!r}"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from npllama import ops
 from npllama.dtypes import Array, Tensor, narrow
 from npllama.errors import ParameterError, UnsupportedError
-from npllama.kernels import features, portable, tiles
+from npllama.kernels import amx, features, portable
 from npllama.kernels.features import PATHS, choose, host_features, ladder
 from npllama.kernels.matmul import PRODUCTS, products
 
@@ -248,7 +248,7 @@ def test_forced_plain_loops_use_nothing_else() -> None:
 @needs_amx
 def test_bfloat16_weights_meet_the_matrix_unit_where_there_is_one() -> None:
     assert products().path == "amx"
-    assert products().by_dtype["bfloat16"] is tiles.multiply
+    assert products().by_dtype["bfloat16"] is amx.multiply_bfloat16
 
 
 def test_without_leave_from_the_system_the_matrix_unit_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numba
 import numpy as np
 import pytest
 
-from npllama.dtypes import Tensor
-from npllama.kernels import probe
+from npllama.dtypes import Array, Tensor
+from npllama.kernels import matmul, probe
+from npllama.kernels.features import PATHS, host_features
+
+needs_amx = pytest.mark.skipif(not PATHS["amx"] <= host_features(), reason="this processor has no matrix unit")
 
 
 def clock(seconds: float) -> Callable[[], float]:
@@ -37,5 +41,58 @@ def test_rates_are_work_by_time() -> None:
     assert probe.read_rate(np.zeros(1000, np.float32), clock(0.5)) == 8000
     threads = numba.get_num_threads()
     assert probe.multiply_add_rate(clock(0.25)) == 4 * threads * (1 << 20) * 2 * 8 * 16
+
+
+@needs_amx
+@pytest.mark.parametrize(("numbers", "sums", "products"), [("uint16", np.float32, 32), ("int8", np.int32, 64)])
+def test_the_matrix_unit_multiplies_and_adds_as_often_as_it_is_counted(numbers: str, sums: type, products: int) -> None:
+    tile = np.full((16, products), 0x4000 if numbers == "uint16" else 2).astype(numbers)  # 2, in either
+    found = np.full((2, 4, 16, 16), -1, sums)
+    probe._tile_dots(tile, 3, probe._shapes(), found)
+    assert np.unique(found).tolist() == [3 * products * 2 * 2]
+
+
+@needs_amx
+@pytest.mark.parametrize(("numbers", "products"), [("uint16", 32), ("int8", 64)])
+def test_the_rate_of_the_matrix_unit_counts_two_operations_for_every_product(numbers: str, products: int) -> None:
+    operations = 2 * 16 * 16 * products * 4 * (1 << 17) * numba.get_num_threads()
+    assert probe.tile_rate(numbers, clock(0.5)) == 2 * operations
+
+
+def test_the_product_is_the_one_that_is_given_and_runs_once_before_four_that_are_timed() -> None:
+    asked = []
+
+    def linear(x: Array, weight: Tensor) -> Array:
+        asked.append((x.shape, weight.shape))
+        return x
+
     weight = Tensor(np.ones((5, 6), np.float32), "float32")
-    assert probe.product_rate(np.ones((4, 6), np.float32), weight, clock(2.0)) == 4 * 5 * 6
+    assert probe.product_rate(linear, np.ones((4, 6), np.float32), weight, clock(8.0)) == 4 * 5 * 6
+    assert asked == [((4, 6), (5, 6))] * 5
+
+
+def test_whatever_runs_in_tiles_is_held_against_the_matrix_unit_and_nothing_else() -> None:
+    exact = {(path, "float32", dtype) for dtype, by_path in matmul.PRODUCTS.items() for path in by_path}
+    rounding = {(path, "bfloat16", dtype) for path, by_dtype in matmul.ROUNDED.items() for dtype in by_dtype}
+    in_tiles = {key for key in exact | rounding if key[0] == "amx"}
+    every = {(path, kind, dtype) for path in PATHS for kind in ("float32", "bfloat16") for dtype in matmul.PRODUCTS}
+    assert {key for key in every if "matrix unit" in probe.arithmetic(*key).name} == in_tiles
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "rate"),
+    [
+        (("amx", "float32", "bfloat16"), "the matrix unit, three parts", 2e12),
+        (("amx", "float32", "int4"), "the matrix unit, three digits", 4e12),
+        (("amx", "bfloat16", "int4"), "the matrix unit, one part", 6e12),
+        (("amx", "float32", "float32"), "vector registers", 4e11),
+        (("portable", "bfloat16", "bfloat16"), "vector registers", 4e11),
+    ],
+)
+def test_a_product_in_three_parts_is_allowed_a_third_of_the_unit(
+    key: tuple[str, str, str], name: str, rate: float
+) -> None:
+    unit = probe.arithmetic(*key)
+    measured = {"vector registers": 4e11, "the matrix unit, three digits": 12e12}.get(name, 6e12)
+    assert unit.name == name
+    assert replace(unit, rate=lambda: measured).limit() == rate

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +14,17 @@ import pytest
 import npllama
 from npllama import ops
 from npllama.cache import KVCache
+from npllama.checkpoint.quantize import quantize
+from npllama.checkpoint.rope import frequencies
 from npllama.config import Experts
+from npllama.dtypes import PACKINGS, Array, Tensor, narrow
 from npllama.engine import Model
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.paths import twins
 from npllama.kernels.through_layers import through_layers
+from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST, loud_model
-from tests.fixtures.loud import loud_config, loud_tokens
+from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
 
 needs_tiles = pytest.mark.skipif(choose(host_features()) != "amx", reason="this processor has no matrix unit")
 
@@ -45,6 +50,12 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "narrow matrices": {"n_kv_heads": 1},
     "wide rows": {"dim": 2048, "n_layers": 1, "vocab_size": 8},
 }
+#: Storage types of a layer's matrices, in turn.
+STORED: dict[str, tuple[str, ...]] = {
+    "int8": ("int8",),
+    "int4": ("int4",),
+    "mixed": ("int8", "bfloat16", "int4", "int4", "bfloat16"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +72,26 @@ def pair(dtype: str = "bfloat16", **changes: Any) -> tuple[Model, Model]:
     return model, Model(model.config, model.weights, LAYER_BY_LAYER, backend="fast")
 
 
+def quantised_pair(dtypes: tuple[str, ...], **changes: Any) -> tuple[Model, Model]:
+    """Return what `pair` does, the matrices stored as the dtypes say, one after another."""
+    config, turn = loud_config(**changes), cycle(dtypes)
+
+    def stored(array: Array) -> Tensor:
+        if array.ndim == 1:
+            return Tensor(array, "float32")
+        dtype = next(turn)
+        if dtype not in PACKINGS:
+            return Tensor(narrow(array, dtype), dtype)
+        data, scales, *minima = quantize(array, dtype)
+        return Tensor(data, dtype, scales, minima[0] if minima else None, array.shape[1])
+
+    tensors = {name: stored(array) for name, array in loud_tensors(config, 0).items()}
+    if config.tied:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    weights = gather_weights(config, tensors.get, *frequencies(config))
+    return Model(config, weights, FAST, backend="fast"), Model(config, weights, LAYER_BY_LAYER, backend="fast")
+
+
 def fed(model: Model, length: int, capacity: int = 700) -> KVCache:
     """Return a cache that holds a prompt of the given length."""
     cache = model.new_cache(capacity)
@@ -70,6 +101,15 @@ def fed(model: Model, length: int, capacity: int = 700) -> KVCache:
 
 def assert_same_bits(a: Any, b: Any) -> None:
     np.testing.assert_array_equal(np.asarray(a).view(np.uint32), np.asarray(b).view(np.uint32))
+
+
+def assert_threads_change_nothing(run: Callable[[], Array]) -> None:
+    results = []
+    for n_threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+        numba.set_num_threads(n_threads)
+        results += [run() for _ in range(20)]
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
 
 
 @needs_tiles
@@ -85,6 +125,40 @@ def test_the_bits_are_those_of_going_layer_by_layer(changes: dict[str, Any]) -> 
         assert np.isfinite(logits).all()
         assert_same_bits(logits, by_layer.forward(new, cache))
     assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
+@pytest.mark.parametrize("name", ["llama", "odd widths", "biases"])
+def test_the_bits_of_integers_are_those_of_going_layer_by_layer(name: str, dtypes: tuple[str, ...]) -> None:
+    at_once, by_layer = quantised_pair(dtypes, **KNOWN[name])
+    assert through_layers(at_once.weights, at_once.config) is not None
+    cache = fed(by_layer, 510)
+    twin = cache.fork()
+    for token in (3, 1, 4, 1, 5):
+        logits = at_once.forward([token], twin)
+        assert np.isfinite(logits).all()
+        assert_same_bits(logits, by_layer.forward([token], cache))
+    assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtypes", [("bfloat16",), *STORED.values()])
+def test_the_bits_of_rounded_inputs_are_those_of_going_layer_by_layer(dtypes: tuple[str, ...]) -> None:
+    exact, _ = quantised_pair(dtypes)
+    config, weights, rounding = exact.config, exact.weights, SimpleNamespace(**{**vars(ops), **twins(None, "bfloat16")})
+    at_once = Model(config, weights, rounding, backend="fast")
+    layer_by_layer = Model(
+        config, weights, SimpleNamespace(**{**vars(rounding), "through_layers": ops.through_layers}), backend="fast"
+    )
+    assert at_once.runs_at_once
+    caches = [fed(model, 9) for model in (at_once, layer_by_layer, exact)]
+    for token in (3, 1, 4, 1, 5):
+        a, b, c = (
+            model.forward([token], cache) for model, cache in zip((at_once, layer_by_layer, exact), caches, strict=True)
+        )
+        assert_same_bits(a, b)
+        assert (a != c).any()
 
 
 @needs_tiles
@@ -111,12 +185,15 @@ def test_the_number_of_threads_changes_nothing(count: int) -> None:
     at_once, _ = pair(**KNOWN["odd widths"])
     cache = fed(at_once, 600)
     new = loud_tokens(at_once.config, count, seed=1)
-    results = []
-    for n_threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
-        numba.set_num_threads(n_threads)
-        results += [at_once.forward(new, cache.fork()) for _ in range(20)]
-    for result in results[1:]:
-        assert_same_bits(result, results[0])
+    assert_threads_change_nothing(lambda: at_once.forward(new, cache.fork()))
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
+def test_the_number_of_threads_changes_nothing_for_integers(dtypes: tuple[str, ...]) -> None:
+    at_once, _ = quantised_pair(dtypes, **KNOWN["odd widths"])
+    cache = fed(at_once, 600)
+    assert_threads_change_nothing(lambda: at_once.forward([7], cache.fork()))
 
 
 @needs_tiles
@@ -135,6 +212,17 @@ def test_what_is_not_known_is_declined() -> None:
         assert through_layers(model.weights, model.config) is None, changes
     model = loud_model(loud_config(), dtype="float32")
     assert through_layers(model.weights, model.config) is None
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
+def test_integers_decline_more_than_one_token(dtypes: tuple[str, ...]) -> None:
+    model, _ = quantised_pair(dtypes)
+    run = through_layers(model.weights, model.config)
+    assert run is not None
+    for n_new in (1, 2):
+        x, angles = np.ones((n_new, 64), np.float32), np.ones((n_new, 8), np.float32)
+        assert (run(x, (angles, angles), KVCache(model.config, 8)) is None) == (n_new > 1)
 
 
 @needs_tiles

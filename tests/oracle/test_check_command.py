@@ -133,6 +133,18 @@ def test_with_bfloat16_the_engine_is_allowed_the_noise_of_meta_s_roundings(
     assert looser["logits"] > noise["logits"] + 60
 
 
+@pytest.mark.parametrize("backend", ["numpy", "fast"])
+def test_an_engine_that_rounds_is_measured_by_a_reference_that_rounds(
+    stores: dict[str, Path], capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    rounding = ("--tokens", TOKENS, "--backend", backend, "--activations", "bfloat16")
+    code, report = run(capsys, stores["bf16"], *rounding, "--dtype", "bfloat16")
+    assert (code, report["verdict"], report["measured"]) == (0, "match", True)
+    assert "the engine computed with products of bfloat16 and was allowed the noise of bfloat16" in report["notes"]
+    code, message = run(capsys, stores["bf16"], *rounding)
+    assert (code, "Give --dtype bfloat16, too" in message) == (2, True)
+
+
 def test_the_report_is_also_a_page_and_a_junit_file(
     stores: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,15 @@ def test_npllama_in_as_many_bits_is_what_an_engine_is_compared_with() -> None:
     assert (row.decode, row.decode_ratio) == (1, None)
 
 
+def test_what_is_rounded_is_compared_apart() -> None:
+    found = measured()
+    found["engines"]["npllama-bf16-rounded"] = found["engines"]["npllama-bf16"]
+    for entry in found["rounds"]:
+        entry["npllama-bf16-rounded"] = {"prefill": 500.0, "decode": 20.0, "read": 1000.0}
+    peer = next(row for row in results.rows(found) if row.engine.name == "llama.cpp")
+    assert (peer.prefill_ratio, peer.rounded_ratio) == (2, 5)
+
+
 def test_the_share_of_bandwidth_counts_weights_and_cache_by_the_read_of_the_same_round() -> None:
     own, peer, _ = results.rows(measured())
     token = 20 + 2 * (8 + 2)  # the second of three decoded tokens stands at position 10
@@ -99,11 +108,11 @@ def test_logits_are_correlated_with_those_of_npllama() -> None:
 def test_the_text_is_a_table_that_says_what_is_missing_and_why() -> None:
     text = results.as_text(measured()).splitlines()
     assert text[0] == "A Processor, 2 threads, reading memory at 0.0 GB/s; 1b, 8 tokens of prompt, 3 rounds"
-    assert text[4] == "| npllama | bf16 | 200 |  | 20.0 |  | 80% | 1.0000 |"
-    assert text[5] == "| llama.cpp | BF16 | 100 | 2.00 x | 10.0 | 2.00 x | 80% | -1.0000 |"
-    assert text[6] == ("| torch | bf16 | not available: ModuleNotFoundError: No module named 'torch' | | | | | |")
+    assert text[4] == "| npllama | bf16 | 200 |  |  | 20.0 |  | 80% | 1.0000 |"
+    assert text[5] == "| llama.cpp | BF16 | 100 | 2.00 x |  | 10.0 | 2.00 x | 80% | -1.0000 |"
+    assert text[6] == ("| torch | bf16 | not available: ModuleNotFoundError: No module named 'torch' | | | | | | |")
     assert text[-2:] == ["- npllama 1", "- llama.cpp 2"]
-    assert {line.count("|") for line in text[2:7]} == {9}
+    assert {line.count("|") for line in text[2:7]} == {10}
 
 
 def test_the_json_holds_the_table_and_what_it_was_made_of() -> None:

@@ -31,7 +31,8 @@ class Engine:
     file : str
         What it runs, a key of the files that `prepare` makes.
     dtype : str
-        For an engine that decides at load what the weights become.
+        For an engine that decides at load what it computes in: what the weights become in torch, and what the inputs
+        of products are rounded to in npllama.
     """
 
     name: str
@@ -44,7 +45,12 @@ class Engine:
     @property
     def key(self) -> str:
         """The engine as the command line names it."""
-        return f"{self.name}-{self.format}".lower()
+        return f"{self.name}-{self.format}".lower().replace(" ", "-")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it is npllama with rounded activations."""
+        return self.name == OWN and self.dtype == "bfloat16"
 
 
 OWN = "npllama"
@@ -52,17 +58,20 @@ OWN = "npllama"
 ENGINES = {
     engine.key: engine
     for engine in (
-        Engine(OWN, "bf16", 16, OWN, "npllama-bf16"),
+        Engine(OWN, "bf16", 16, OWN, "npllama-bf16", "float32"),
+        Engine(OWN, "bf16 rounded", 16, OWN, "npllama-bf16", "bfloat16"),
         Engine("llama.cpp", "BF16", 16, "llamacpp", "BF16.gguf"),
         Engine("torch", "bf16", 16, "torch", "hf", "bfloat16"),
-        Engine(OWN, "int8", 8, OWN, "npllama-int8"),
+        Engine(OWN, "int8", 8, OWN, "npllama-int8", "float32"),
+        Engine(OWN, "int8 rounded", 8, OWN, "npllama-int8", "bfloat16"),
         Engine("llama.cpp", "Q8_0", 8, "llamacpp", "Q8_0.gguf"),
         Engine("OpenVINO", "int8", 8, "openvino", "openvino-8"),
-        Engine(OWN, "int4", 4, OWN, "npllama-int4"),
+        Engine(OWN, "int4", 4, OWN, "npllama-int4", "float32"),
+        Engine(OWN, "int4 rounded", 4, OWN, "npllama-int4", "bfloat16"),
         Engine("llama.cpp", "Q4_0", 4, "llamacpp", "Q4_0.gguf"),
         Engine("llama.cpp", "Q4_K_M", 4, "llamacpp", "Q4_K_M.gguf"),
         Engine("OpenVINO", "int4", 4, "openvino", "openvino-4"),
-        Engine(OWN, "f32", 32, OWN, "npllama-f32"),
+        Engine(OWN, "f32", 32, OWN, "npllama-f32", "float32"),
         Engine("torch", "f32", 32, "torch", "hf", "float32"),
     )
 }

@@ -15,7 +15,7 @@ class Npllama:
     """A converted model with the fast backend."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._model = npllama.load(settings["model"], threads=settings["threads"])
+        self._model = npllama.load(settings["model"], threads=settings["threads"], activations=settings["dtype"])
         self.version = f"npllama {npllama.__version__}"
         self.vocab_size = self._model.config.vocab_size
         self.weight_bytes = self._model.nbytes_per_token

@@ -1,0 +1,141 @@
+"""Single processor instructions for weights that are small integers; see `npllama.kernels.simd` for how they are used.
+
+Whoever takes fewer numbers than a register holds asks for no more of the memory: there may be none behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from npllama.kernels.llvm import (
+    BYTE,
+    BYTE_VECTOR,
+    FLOAT_VECTOR,
+    FLOATS,
+    INT_VECTOR,
+    INTS,
+    LONG,
+    WORD,
+    Vector,
+    address,
+    call,
+    intrinsic,
+    loaded,
+    splat,
+)
+
+_HALF = ir.VectorType(BYTE, 32)
+_BYTES = Vector(types.uint8)
+_FLOAT_POINTER = ir.FloatType().as_pointer()
+
+
+def _lanes(count: int, numbers: Any) -> Any:
+    """Return an LLVM vector of lane numbers."""
+    return ir.Constant(ir.VectorType(WORD, count), [*numbers])
+
+
+@intrinsic
+def load_first_bfloat16(context: Any, array: Any, index: Any, count: Any) -> Any:
+    """``load_first_bfloat16(array, index, count)``: ``count`` bit patterns, up to 16, as float32; zeros behind them.
+
+    VMOVDQU16 with a mask, VPSLLD.
+    """
+    bits = ir.VectorType(ir.IntType(16), 16)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.bitcast(address(context, builder, signature.args[0], *arguments[:2]), bits.as_pointer())
+        mask = builder.icmp_signed("<", _lanes(16, range(16)), splat(builder, builder.trunc(arguments[2], WORD)))
+        zeros, alignment = ir.Constant(bits, [0] * 16), ir.Constant(WORD, 2)
+        half = call(builder, "llvm.masked.load.v16i16.p0", bits, pointer, alignment, mask, zeros)
+        wide = builder.shl(builder.zext(half, INT_VECTOR), ir.Constant(INT_VECTOR, [16] * 16))
+        return builder.bitcast(wide, FLOAT_VECTOR)
+
+    return FLOATS(array, types.int64, types.int64), code
+
+
+@intrinsic
+def load_integers(context: Any, array: Any, index: Any) -> Any:
+    """``load_integers(array, index)``: 64 bytes as sixteen int32, whatever the array's dtype. VMOVDQU."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return loaded(context, builder, signature, arguments, INT_VECTOR)
+
+    return INTS(array, types.int64), code
+
+
+@intrinsic
+def load_floats(context: Any, array: Any, index: Any) -> Any:
+    """``load_floats(array, index)``: 64 bytes as sixteen float32, whatever the array's dtype. VMOVUPS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return loaded(context, builder, signature, arguments, FLOAT_VECTOR)
+
+    return FLOATS(array, types.int64), code
+
+
+@intrinsic
+def load_half(context: Any, array: Any, index: Any) -> Any:
+    """``load_half(array, index)``: 32 bytes, and as many zeros behind them. VMOVDQU."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        half = loaded(context, builder, signature, arguments, _HALF)
+        return builder.shuffle_vector(half, ir.Constant(_HALF, [0] * 32), _lanes(64, range(64)))
+
+    return _BYTES(array, types.int64), code
+
+
+@intrinsic
+def low_nibbles(context: Any, vector: Any) -> Any:
+    """``low_nibbles(vector)``: the low halves of 64 bytes. VPANDQ."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.and_(arguments[0], ir.Constant(BYTE_VECTOR, [15] * 64))
+
+    return _BYTES(vector), code
+
+
+@intrinsic
+def high_nibbles(context: Any, vector: Any) -> Any:
+    """``high_nibbles(vector)``: the high halves of 64 bytes, as small numbers. VGF2P8AFFINEQB, or VPSRLW and VPANDQ."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.lshr(arguments[0], ir.Constant(BYTE_VECTOR, [4] * 64))
+
+    return _BYTES(vector), code
+
+
+@intrinsic
+def broadcast_at(context: Any, array: Any, index: Any) -> Any:
+    """``broadcast_at(array, index)``: one float32 from memory in all lanes. VBROADCASTSS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address(context, builder, signature.args[0], *arguments)
+        return splat(builder, builder.load(builder.bitcast(pointer, _FLOAT_POINTER), align=1))
+
+    return FLOATS(array, types.int64), code
+
+
+@intrinsic
+def broadcast_two_at(context: Any, array: Any, index: Any) -> Any:
+    """``broadcast_two_at(array, index)``: one float32 in the low eight lanes, the next in the high ones. VPERMT2PS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first = builder.bitcast(address(context, builder, signature.args[0], *arguments), _FLOAT_POINTER)
+        second = builder.gep(first, [ir.Constant(LONG, 1)])
+        low, high = (splat(builder, builder.load(pointer, align=1)) for pointer in (first, second))
+        return builder.shuffle_vector(low, high, _lanes(16, [*range(8), *range(24, 32)]))
+
+    return FLOATS(array, types.int64), code
+
+
+@intrinsic
+def subtract(context: Any, a: Any, b: Any) -> Any:
+    """``subtract(a, b)``: of two int32 vectors. VPSUBD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sub(*arguments)
+
+    return INTS(INTS, INTS), code

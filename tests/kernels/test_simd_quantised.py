@@ -1,0 +1,98 @@
+"""Instructions for small integers, each beside what NumPy computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from npllama.dtypes import widen
+from npllama.kernels import simd, simd_quantised
+from npllama.kernels.features import PATHS, host_features
+
+RNG = np.random.default_rng(5)
+pytestmark = pytest.mark.skipif(not PATHS["avx512"] <= host_features(), reason="this processor has no AVX-512")
+
+
+def stored(expression: str, dtype: Any, *arguments: Any) -> Any:
+    """Compile an expression of a, b and i, and return the 64 bytes that it gives."""
+    scope: dict[str, Any] = {"s": simd, "q": simd_quantised}
+    exec(f"def kernel(out, a, b, i):\n    s.store(out, 0, {expression})", scope)
+    out = np.zeros(64 // np.dtype(dtype).itemsize, dtype)
+    numba.njit(scope["kernel"])(out, *arguments, *(0,) * (3 - len(arguments)))
+    return out
+
+
+@pytest.mark.parametrize("count", [-3, 0, 1, 9, 15, 16, 40])
+def test_the_first_few_bfloat16_and_zeros_behind_them(count: int) -> None:
+    bits = RNG.integers(1 << 8, 1 << 14, 20).astype(np.uint16)
+    expected = np.zeros(16, np.float32)
+    few = min(max(count, 0), 16)
+    expected[:few] = widen(bits[2 : 2 + few], "bfloat16")
+    np.testing.assert_array_equal(stored("q.load_first_bfloat16(a, 2, b)", np.float32, bits, count), expected)
+
+
+def test_half_a_register_and_zeros_behind_it() -> None:
+    data = RNG.integers(1, 256, 40).astype(np.uint8)
+    expected = np.concatenate([data[3:35], np.zeros(32, np.uint8)])
+    np.testing.assert_array_equal(stored("q.load_half(a, 3)", np.uint8, data), expected)
+
+
+def test_halves_of_bytes() -> None:
+    data = RNG.integers(0, 256, 64).astype(np.uint8)
+    np.testing.assert_array_equal(stored("q.low_nibbles(s.load_bytes(a, 0))", np.uint8, data), data & 15)
+    np.testing.assert_array_equal(stored("q.high_nibbles(s.load_bytes(a, 0))", np.uint8, data), data >> 4)
+
+
+def test_bytes_as_numbers_of_another_dtype() -> None:
+    data = RNG.integers(0, 100, 72).astype(np.int8)
+    np.testing.assert_array_equal(stored("q.load_integers(a, 4)", np.int32, data), data[4:68].view(np.int32))
+    np.testing.assert_array_equal(stored("q.load_floats(a, 8)", np.float32, data), data[8:].view(np.float32))
+
+
+def test_numbers_from_memory_over_and_over() -> None:
+    numbers = RNG.normal(size=9).astype(np.float32)
+    np.testing.assert_array_equal(stored("q.broadcast_at(a, 5)", np.float32, numbers), np.repeat(numbers[5], 16))
+    np.testing.assert_array_equal(stored("q.broadcast_two_at(a, 5)", np.float32, numbers), numbers[5:7].repeat(8))
+
+
+def test_differences_of_integers() -> None:
+    a, b = (RNG.integers(-(1 << 30), 1 << 30, 16).astype(np.int32) for _ in range(2))
+    np.testing.assert_array_equal(stored("q.subtract(s.load(a, 0), s.load(b, 0))", np.int32, a, b), a - b)
+
+
+BEHIND_MEMORY = """
+import ctypes, mmap
+import numpy as np
+from npllama.checkpoint.quantize import quantize
+from npllama.dtypes import Tensor
+from npllama.kernels import quantised_dots
+
+def at_the_end(array):
+    '''Copy an array to the end of a page behind which nothing may be read.'''
+    size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    room = mmap.mmap(-1, size + mmap.PAGESIZE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + size), mmap.PAGESIZE, 0) == 0
+    copy = np.frombuffer(room, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+for dtype in ("int8", "int4"):
+    for width in (64, 576, 1100):
+        numbers = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
+        data, scales, *minima = (at_the_end(part) for part in quantize(numbers, dtype))
+        y = np.empty((1, 5), np.float32)
+        quantised_dots.multiply(numbers[:1], [Tensor(data, dtype, scales, *(minima or [None]), width)], [y])
+        assert abs(y[0, 0] / (numbers[0] @ numbers[0]) - 1) < 0.05
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to protect a page")
+def test_products_read_nothing_behind_their_matrices() -> None:
+    run = subprocess.run([sys.executable, "-c", BEHIND_MEMORY], capture_output=True, text=True)
+    assert run.returncode == 0, (run.returncode, run.stderr)
