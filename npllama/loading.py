@@ -47,7 +47,7 @@ def load(
         Instructions that the fast backend may use; by default the best that the processor has.
     activations : {"float32", "bfloat16"}
         What the input of every product with weights is rounded to. float32 is exact. bfloat16, which is what other
-        engines compute in, makes long prompts two to three times as fast where the processor has a unit for it; see
+        engines compute in, makes long prompts up to 2.6 times as fast where the processor has a unit for it; see
         `npllama.rounding`. Integer weights are then rounded to bfloat16, too, where more than 16 tokens meet them.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.

@@ -14,8 +14,8 @@ import numba
 
 #: What TBB's runtime is called on Linux since its version 2021; elsewhere Numba finds it by itself.
 _TBB = "libtbb.so.12"
-#: Numbers that a thread turns over in about as long as waking it takes.
-_LEAST = 1 << 16
+#: Numbers that keep a thread busy for longer than waking it takes.
+_LEAST = 1 << 20
 
 
 def use_threads(count: int) -> None:
@@ -29,7 +29,7 @@ def share(count: int, work: Callable[[int, int], None], *, least: int = _LEAST) 
     """Do ``work(start, stop)`` for parts that make up [0, count), each on a thread of its own.
 
     For compiled functions without a parallel loop of their own, which would take longer to compile. Handing a part to
-    another thread takes some 50 microseconds.
+    another thread takes up to 200 microseconds.
 
     Parameters
     ----------
