@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from npllama.dtypes import Array
 from npllama.kernels.attend_piece import Piece, attend_few, attend_many, exp2
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.jit import compiled, exp
 
@@ -92,7 +93,8 @@ class Attending:
         scale = np.float32(math.log2(math.e) / (math.sqrt(q.shape[2]) if divisor is None else divisor))
         limit = _UNLIMITED if window is None else window
         n_kv_heads, wide = readable[0][0].shape[1], self.path != "portable"
-        _attend(q, _table(counts, readable), n_kv_heads, scale, limit, like, wide, context)
+        piece = _piece_for(like.dtype.name)
+        _attend(q, _table(counts, readable), n_kv_heads, scale, limit, like, wide, context, piece)
         return context
 
 
@@ -164,11 +166,27 @@ def _table(counts: Sequence[int], caches: Sequence[tuple[Array, Array]]) -> NDAr
     return table
 
 
+@cache
+def _piece_for(dtype: str) -> int:
+    """Return the address of `_attend_piece` for keys and values of a dtype: "float32", or "uint16" for bfloat16."""
+    cube, square, like = np.empty((1, 1, 1), np.float32), np.empty((1, 1), np.float32), np.empty(0, dtype)
+    table, one = np.empty((1, 8), np.int64), np.float32(1)
+    return address_of(_attend_piece, cube, table, table[0], 1, one, 1, like, True, cube, square, square, cube)
+
+
 @compiled(parallel=True)
 def _attend(
-    q: Array, table: Array, n_kv_heads: int, scale: np.float32, window: int, like: Array, wide: bool, context: Array
+    q: Array,
+    table: Array,
+    n_kv_heads: int,
+    scale: np.float32,
+    window: int,
+    like: Array,
+    wide: bool,
+    context: Array,
+    piece: int,
 ) -> None:
-    """Fill context (T, H, Dh), the pieces shared between threads.
+    """Fill context (T, H, Dh), the pieces shared between threads; ``piece`` is the address of `_attend_piece`.
 
     Where the keys of a query are split between pieces, each fills a part of its own, and the parts are merged.
     """
@@ -178,7 +196,7 @@ def _attend(
     parts = np.empty((n_parts * tile, group, q.shape[2]), np.float32)
     peaks, totals = np.empty((n_parts, tile * group), np.float32), np.empty((n_parts, tile * group), np.float32)
     for i in prange(len(pieces)):
-        _attend_piece(q, table, pieces[i], group, scale, window, like, wide, parts, peaks, totals, context)
+        call_at(piece, (q, table, pieces[i], group, scale, window, like, wide, parts, peaks, totals, context))
     _merge(table, pieces, group, tile, parts, peaks, totals, context)
 
 
