@@ -96,8 +96,10 @@ def load(
         notice=_notice(store),
     )
     if backend == "fast":
+        from npllama.kernels.memory import keep_freed_memory
         from npllama.kernels.warmup import compile_kernels
 
+        keep_freed_memory()
         compile_kernels(
             operations,
             weights.output.dtype,
@@ -145,11 +147,9 @@ def _limit_threads(threads: int | None, backend: str) -> int:
 
     threadpoolctl.threadpool_limits(1 if backend == "fast" else count, user_api="blas")
     if backend == "fast":
-        from npllama.kernels.memory import keep_freed_memory
         from npllama.kernels.threads import use_threads
 
         use_threads(count)
-        keep_freed_memory()
     return count
 
 

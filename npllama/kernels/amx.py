@@ -11,9 +11,9 @@ from npllama.kernels import quantised_tiles, tile_blocks, tiles
 from npllama.kernels.rounded import rounded
 
 #: Tokens of a panel: up to so many, reading the weights from memory is all that takes time.
-_FEW = 16
+_FEW = tiles._TILE
 #: The least M and N that the tiles take.
-_ROWS, _NUMBERS = 32, 32
+_ROWS, _NUMBERS = tiles._BLOCK, tiles._STEP
 
 
 def multiply_bfloat16(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:

@@ -13,21 +13,19 @@ import numpy as np
 from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
+from npllama.kernels.jobs import FORMS
 from npllama.kernels.memory import aligned
 from npllama.kernels.quantised_rows import Rows, multiply_rows, rows_at, take_apart, token_at, token_bytes
 from npllama.kernels.rounded import round_bits
-from npllama.kernels.tiles import _PARTS, _SQUARE, _STEP, _TILE, _deliver, _multiply_block, _pack_panel, _split
+from npllama.kernels.tiles import _BLOCK, _PARTS, _SQUARE, _STEP, _deliver, _multiply_block, _pack_panel, _split
 
-#: Storage type -> its number in a table of layers.
-FORMS = {"bfloat16": 0, "int8": 1, "int4": 2}
 _BFLOAT16, _INT8, _INT4 = FORMS.values()
 #: Columns of a table of layers: for each of its seven matrices the address of the data, those of scales and minima (or
 #: that of the data again), and the number of the storage type.
 _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 
-#: Rows of a matrix that are a unit: two tiles.
-_TILES = 2
-ROWS = _TILE * _TILES
+#: Rows of a matrix that are a unit.
+ROWS = _BLOCK
 
 
 class Part(NamedTuple):

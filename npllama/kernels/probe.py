@@ -20,6 +20,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.simd import add, add_lanes, broadcast, fused_multiply_add
+from npllama.kernels.tiles import tile_shapes
 
 _Clock: TypeAlias = Callable[[], float]
 
@@ -66,7 +67,7 @@ def tile_rate(numbers: str, clock: _Clock = time.perf_counter) -> float:
     tile = np.ones((_TILE_ROWS, _TILE_BYTES), np.uint8).view(numbers)
     sums: Array = np.empty((numba.get_num_threads(), 4, _TILE_ROWS, _TILE_ROWS), _SUMS[numbers])
     begin = clock()
-    _tile_dots(tile, _TILE_ROUNDS, _shapes(), sums)
+    _tile_dots(tile, _TILE_ROUNDS, tile_shapes(*[_TILE_BYTES] * 8), sums)
     return 2 * sums.size * tile.shape[1] * _TILE_ROUNDS / (clock() - begin)
 
 
@@ -176,15 +177,6 @@ def _chains(factor: Any, summand: Any, rounds: int) -> Any:
         c4, c5 = fused_multiply_add(c4, a, b), fused_multiply_add(c5, a, b)
         c6, c7 = fused_multiply_add(c6, a, b), fused_multiply_add(c7, a, b)
     return add_lanes(add(add(add(c0, c1), add(c2, c3)), add(add(c4, c5), add(c6, c7))))
-
-
-def _shapes() -> Array:
-    """Return the shapes of eight tiles of 16 rows of 64 bytes. See `simd.tile_configure`."""
-    shapes = np.zeros(64, np.uint8)
-    shapes[0] = 1
-    shapes[16:32:2] = _TILE_BYTES
-    shapes[48:56] = _TILE_ROWS
-    return shapes
 
 
 @compiled(parallel=True)

@@ -6,7 +6,6 @@ See `npllama.kernels.quantised_rows` for how a row is multiplied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numba
 import numpy as np
@@ -14,6 +13,7 @@ from numba import prange
 
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor
 from npllama.kernels.jit import compiled
+from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.quantised_rows import Rows, multiply_rows, rows_at, take_apart, token_at, token_bytes
 
@@ -39,42 +39,10 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     _multiply(x, jobs_of(weights, outputs, _BLOCK), is_int4, numba.get_num_threads())
 
 
-def jobs_of(weights: Sequence[Tensor], outputs: Sequence[Array], block: int) -> Array:
-    """Return a row for each matrix: addresses of data, scales, minima and output, M, and the number of its first block.
-
-    Minima that do not exist have the address of the scales.
-    """
-    data, scales = (tuple(part) for part in zip(*((weight.data, weight.scales) for weight in weights), strict=True))
-    minima = tuple(weight.scales if weight.minima is None else weight.minima for weight in weights)
-    jobs: Array = _jobs(data, scales, minima, tuple(outputs), block)
-    return jobs
-
-
-@compiled()
-def _jobs(data: Any, scales: Any, minima: Any, outputs: Any, block: int) -> Array:
-    jobs = np.empty((len(data), 6), np.int64)
-    blocks = 0
-    for i in range(len(data)):
-        jobs[i, 0], jobs[i, 1] = data[i].ctypes.data, scales[i].ctypes.data
-        jobs[i, 2], jobs[i, 3] = minima[i].ctypes.data, outputs[i].ctypes.data
-        jobs[i, 4], jobs[i, 5] = outputs[i].shape[1], blocks
-        blocks += (outputs[i].shape[1] + block - 1) // block
-    return jobs
-
-
-@compiled(inline=True)
-def job_of(jobs: Array, block: int, size: int) -> Any:
-    """Return the addresses of data, scales, minima and output of a block's matrix, its M, and the block's first row."""
-    i = 0
-    while i + 1 < jobs.shape[0] and jobs[i + 1, 5] <= block:
-        i += 1
-    return jobs[i, 0], jobs[i, 1], jobs[i, 2], jobs[i, 3], jobs[i, 4], size * (block - jobs[i, 5])
-
-
 @compiled(parallel=True)
 def _multiply(x: Array, jobs: Array, is_int4: bool, n_threads: int) -> None:
     """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end."""
-    blocks = jobs[-1, 5] + (jobs[-1, 4] + _BLOCK - 1) // _BLOCK
+    blocks = count_blocks(jobs, _BLOCK)
     for thread in prange(n_threads):
         _multiply_blocks(x, jobs, is_int4, blocks * thread // n_threads, blocks * (thread + 1) // n_threads)
 
@@ -88,11 +56,12 @@ def _multiply_blocks(x: Array, jobs: Array, is_int4: bool, start: int, stop: int
     for t in range(x.shape[0]):
         take_apart(x[t], is_int4, room[t * size : (t + 1) * size])
     for block in range(start, stop):
-        data, scales, minima, output, m, first = job_of(jobs, block, _BLOCK)
-        rows = rows_at(Rows(data, scales, minima), first, groups, is_int4)
+        job, first = job_of(jobs, block, _BLOCK)
+        rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), first, groups, is_int4)
+        m, output = job[ROWS], job[OUTPUT] + 4 * first
         ahead = rows_at(rows, _BLOCK, groups, is_int4)
         for t in range(x.shape[0]):
             token = token_at(room.ctypes.data + t * size, groups, is_int4)
-            multiply_rows(rows, min(_BLOCK, m - first), groups, is_int4, token, ahead, output + 4 * (t * m + first))
+            multiply_rows(rows, min(_BLOCK, m - first), groups, is_int4, token, ahead, output + 4 * t * m)
             ahead = rows  # once is enough
     room[0] = 0  # Numba frees an array behind its last use, and an address is none

@@ -28,8 +28,9 @@ from npllama.dtypes import PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import quantised_dots, simd
 from npllama.kernels.digits import GROUP_BYTES, pack
 from npllama.kernels.jit import compiled
+from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
-from npllama.kernels.quantised_dots import job_of, jobs_of
+from npllama.kernels.tiles import tile_shapes
 
 _TOKENS = 16
 _BLOCK = 32
@@ -61,8 +62,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
         digits, steps, sums = pack(part, columns)
         panels = -(-len(part) // columns)
         count = min(groups, max(1, _PASS_BYTES // (panels * columns * GROUP_BYTES)))
-        blocks = sum(-(-weight.shape[0] // _BLOCK) for weight in weights)
-        partial = aligned(blocks * panels * _BLOCK * _TOKENS, steps)
+        partial = aligned(count_blocks(jobs, _BLOCK) * panels * _BLOCK * _TOKENS, steps)
         for start in range(0, groups, count):
             stop = min(start + count, groups)
             _multiply(
@@ -73,12 +73,8 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
 
 @cache
 def _shapes(columns: int) -> Array:
-    """Return the shapes of the tiles: 0 and 1 weights, 2 and 3 digits, 4 to 7 sums. See `simd.tile_configure`."""
-    shapes = np.zeros(64, np.uint8)
-    shapes[0] = 1
-    shapes[16:32:2] = [64] * 2 + [4 * columns] * 6
-    shapes[48:56] = 16
-    return shapes
+    """Return the shapes of the tiles: 0 and 1 weights, 2 and 3 digits, 4 to 7 sums."""
+    return tile_shapes(*[64] * 2, *[4 * columns] * 6)
 
 
 @compiled(parallel=True)
@@ -98,7 +94,7 @@ def _multiply(
     stop: int,
 ) -> None:
     """Add the groups from ``start`` to ``stop`` to every block's partial sums; deliver these behind the last group."""
-    for block in prange(jobs[-1, 5] + (jobs[-1, 4] + _BLOCK - 1) // _BLOCK):
+    for block in prange(count_blocks(jobs, _BLOCK)):
         _multiply_block(
             jobs, shapes, digits, steps, sums, partial, is_int4, n_new, token, columns, groups, start, stop, block
         )
@@ -121,10 +117,11 @@ def _multiply_block(
     stop: int,
     block: int,
 ) -> None:
-    data, scales, minima, output, m, first = job_of(jobs, block, _BLOCK)
+    job, first = job_of(jobs, block, _BLOCK)
+    data, output, m = job[DATA], job[OUTPUT], job[ROWS]
     first = min(first, m - _BLOCK)
-    factors = _floats(scales, first, groups, start, stop)
-    offsets = _floats(minima, first, groups, start, stop) if is_int4 else factors
+    factors = _floats(job[SCALES], first, groups, start, stop)
+    offsets = _floats(job[MINIMA], first, groups, start, stop) if is_int4 else factors
     weights, stride = data + 64 * (first * groups + start), 64 * groups
     unpacked = aligned(32 * 64 * (stop - start) if is_int4 else 64, digits)
     if is_int4:

@@ -11,7 +11,7 @@ from npllama.kernels.jit import compiled
 
 
 def rounded(x: Array) -> Array:
-    """Return float32 numbers rounded to the nearest bfloat16, ties to even, as float32. See `npllama.ops.rounded`."""
+    """Return float32 numbers as the nearest bfloat16, ties to even, in float32. See `npllama.rounding.rounded`."""
     y = np.empty(x.shape, np.float32)
     round_bits(np.ascontiguousarray(x).reshape(-1).view(np.uint32), y.reshape(-1).view(np.uint32))
     return y

@@ -34,13 +34,13 @@ from npllama.kernels.activation import _KINDS
 from npllama.kernels.attend import _TILE, _UNLIMITED
 from npllama.kernels.by_address import address_of
 from npllama.kernels.features import choose, host_features
-from npllama.kernels.layer_rows import FORMS, ROWS
+from npllama.kernels.jobs import FORMS
+from npllama.kernels.layer_rows import ROWS
 from npllama.kernels.layer_units import APART, MATRICES, NORMS, Plan, Shared, count_units, run_units, take_units
 from npllama.kernels.memory import aligned
 from npllama.kernels.tiles import _STEP, _shapes
+from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
 
-#: Tokens of a panel: what one pass over bfloat16 weights serves. Integers are multiplied with one.
-_MOST_TOKENS = 16
 #: Bytes of a row of D numbers from which on going layer by layer is faster, by 10 % where D is 2048; where D is 576 it
 #: is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
 _WIDE = 4096
@@ -71,7 +71,8 @@ class ThroughLayers:
         forms = {getattr(layer, name).dtype for layer in weights.layers for name in MATRICES}
         self._floats = _NUMBERS if "bfloat16" in forms else None
         self._integers = _NUMBERS if forms != {"bfloat16"} else None
-        self._most_tokens = _MOST_TOKENS if self._integers is None else 1
+        # A pass over bfloat16 weights serves a panel of tokens; integers are multiplied with one.
+        self._most_tokens = _TILE_OF_TOKENS if self._integers is None else 1
         self._work: int | None = None
         self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
 

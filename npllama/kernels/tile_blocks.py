@@ -31,8 +31,9 @@ from numba import prange
 from npllama.dtypes import GROUP, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
-from npllama.kernels.memory import address, aligned
-from npllama.kernels.tiles import _BITS, _BLOCK, _NUMBERS, _PARTS, _SQUARE, _STEP, _TILE, _deliver, _split
+from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
+from npllama.kernels.memory import aligned
+from npllama.kernels.tiles import _BITS, _BLOCK, _NUMBERS, _PARTS, _SQUARE, _STEP, _TILE, _deliver, _split, tile_shapes
 
 #: Numbers of a tile of weights or input.
 _TILE_NUMBERS = _TILE * _STEP
@@ -41,12 +42,7 @@ _CHUNK = 8
 #: Blocks of a field, and tokens of a pass, at most: the sums take 512 kB.
 _FIELD, _TOKENS = 8, 512
 
-_KINDS = {"bfloat16": 0, "int8": 1, "int4": 2}
-_BFLOAT16, _INT8, _INT4 = _KINDS.values()
-
-#: Columns of a table of matrices: addresses of the stored numbers, their scales and minima, and of the output; M, and
-#: the number of the first block.
-_DATA, _SCALES, _MINIMA, _OUTPUT, _ROWS, _FIRST = range(6)
+_BFLOAT16, _INT8, _INT4 = FORMS.values()
 
 
 class Task(NamedTuple):
@@ -54,12 +50,12 @@ class Task(NamedTuple):
 
     Attributes
     ----------
-    table : ndarray of shape (matrices, 6)
-        See the columns above.
+    jobs : ndarray of shape (matrices, 6)
+        See `npllama.kernels.jobs`.
     blocks : int
         Of all matrices.
-    kind : int
-        Storage type of the weights.
+    form : int
+        Storage type of the weights, in `npllama.kernels.jobs.FORMS`.
     parts : int
         bfloat16 that the input is taken apart into.
     width, steps : int
@@ -68,9 +64,9 @@ class Task(NamedTuple):
         Of panels, in a pass.
     """
 
-    table: Array
+    jobs: Array
     blocks: int
-    kind: int
+    form: int
     parts: int
     width: int
     steps: int
@@ -90,16 +86,13 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], part
     parts : {1, 3}
         3 takes the input apart without loss. 1 rounds it to bfloat16.
     """
-    table, blocks = np.empty((len(weights), 6), np.int64), 0
-    for line, weight, output in zip(table, weights, outputs, strict=True):
-        scales, minima = (0 if part is None else address(part) for part in (weight.scales, weight.minima))
-        line[:] = address(weight.data), scales, minima, address(output), len(weight.data), blocks
-        blocks += -(-len(weight.data) // _BLOCK)
     n_new, width = x.shape
     steps = -(-width // _STEP) if weights[0].width is None else n_groups(width) * (GROUP // _STEP)
     passes = -(-n_new // _TOKENS)
     pairs = -(-n_new // (passes * 2 * _TILE))
-    task = Task(table, blocks, _KINDS[weights[0].dtype], parts, width, steps, pairs)
+    jobs = jobs_of(weights, outputs, _BLOCK)
+    form = FORMS[weights[0].dtype]
+    task = Task(jobs, count_blocks(jobs, _BLOCK), form, parts, width, steps, pairs)
     packed = aligned(2 * pairs * steps * parts * _TILE_NUMBERS, _BITS)
     for first in range(0, n_new, 2 * pairs * _TILE):
         _pack(x[first:], packed, task)
@@ -108,12 +101,8 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], part
 
 @cache
 def _shapes() -> Array:
-    """Return the shapes of the tiles: 0 to 3 sums, 4 and 5 weights, 6 and 7 input. See `simd.tile_configure`."""
-    shapes = np.zeros(64, np.uint8)
-    shapes[0] = 1
-    shapes[16:32:2] = 64
-    shapes[48:56] = _TILE
-    return shapes
+    """Return the shapes of the tiles: 0 to 3 sums, 4 and 5 weights, 6 and 7 input."""
+    return tile_shapes(*[64] * 8)
 
 
 # --- the input --------------------------------------------------------------------------------------------------
@@ -126,7 +115,7 @@ def _pack(x: Array, packed: Array, task: Task) -> None:
     In a panel each step and part is a tile: 16 rows, each with a pair of numbers of every token.
     """
     parts, width, panels = task.parts, task.width, 2 * task.pairs
-    last = width - _STEP if task.kind == _BFLOAT16 else width
+    last = width - _STEP if task.form == _BFLOAT16 else width
     for panel in prange(panels):
         token = _TILE * panel
         numbers = np.zeros((_PARTS, _TILE, _STEP), np.uint16)
@@ -163,39 +152,37 @@ def _take_apart(x: Array, parts: int, first: Array, second: Array, third: Array)
 
 
 @compiled(inline=True)
-def _step_bytes(kind: int) -> int:
+def _step_bytes(form: int) -> int:
     """Bytes of a row that are a step's."""
-    return 2 * _STEP if kind == _BFLOAT16 else _STEP if kind == _INT8 else _STEP // 2
+    return 2 * _STEP if form == _BFLOAT16 else _STEP if form == _INT8 else _STEP // 2
 
 
 @compiled()
-def _place(table: Array, block: int) -> Any:
+def _place(jobs: Array, block: int) -> Any:
     """Return the line of a block's matrix, and the block's first row: the last block ends where the matrix does."""
-    line = 0
-    while line + 1 < len(table) and table[line + 1, _FIRST] <= block:
-        line += 1
-    return table[line], min(_BLOCK * (block - table[line, _FIRST]), table[line, _ROWS] - _BLOCK)
+    job, row = job_of(jobs, block, _BLOCK)
+    return job, min(row, job[ROWS] - _BLOCK)
 
 
 @compiled()
-def _lay_out(task: Task, line: Array, row: int, step: int, steps: int, laid: Array) -> None:
+def _lay_out(task: Task, job: Array, row: int, step: int, steps: int, laid: Array) -> None:
     """Write so many steps of 32 rows, from ``step`` on, as tiles: of each step that of the upper 16, then the other."""
     for r in range(_BLOCK):
         at = r // _TILE * _TILE_NUMBERS + r % _TILE * _STEP
-        if task.kind == _BFLOAT16:
-            begin = line[_DATA] + 2 * (row + r) * task.width
+        if task.form == _BFLOAT16:
+            begin = job[DATA] + 2 * (row + r) * task.width
             for s in range(steps):
                 column = 2 * min(_STEP * (step + s), task.width - _STEP)
                 simd.store(laid, at + 2 * s * _TILE_NUMBERS, simd.load_bytes(begin, column))
             continue
         for s in range(0, steps, 2):
             group = ((row + r) * task.steps + step + s) // 2
-            scale = simd.broadcast(simd.load_one_bfloat16(line[_SCALES], 2 * group))
-            if task.kind == _INT8:
-                a, b, c, d = _dequantised_int8(line[_DATA] + GROUP * group, scale)
+            scale = simd.broadcast(simd.load_one_bfloat16(job[SCALES], 2 * group))
+            if task.form == _INT8:
+                a, b, c, d = _dequantised_int8(job[DATA] + GROUP * group, scale)
             else:
-                minimum = simd.broadcast(simd.load_one_bfloat16(line[_MINIMA], 2 * group))
-                a, b, c, d = _dequantised_int4(line[_DATA] + GROUP // 2 * group, scale, minimum)
+                minimum = simd.broadcast(simd.load_one_bfloat16(job[MINIMA], 2 * group))
+                a, b, c, d = _dequantised_int4(job[DATA] + GROUP // 2 * group, scale, minimum)
             simd.store(laid, at + 2 * s * _TILE_NUMBERS, simd.to_bfloat16(a, b))
             simd.store(laid, at + 2 * (s + 1) * _TILE_NUMBERS, simd.to_bfloat16(c, d))
 
@@ -245,14 +232,14 @@ def _multiply(task: Task, shapes: Array, packed: Array, n_new: int, first: int, 
 @compiled()
 def _multiply_chunk(task: Task, step: int, begin: int, end: int, laid: Array, packed: Array, sums: Array) -> None:
     """Add to the sums of the blocks from ``begin`` to ``end`` what the chunk that begins with ``step`` comes to."""
-    steps, step_bytes = min(_CHUNK, task.steps - step), _step_bytes(task.kind)
-    pitch = 2 * task.width if task.kind == _BFLOAT16 else task.steps * step_bytes
+    steps, step_bytes = min(_CHUNK, task.steps - step), _step_bytes(task.form)
+    pitch = 2 * task.width if task.form == _BFLOAT16 else task.steps * step_bytes
     for block in range(begin, end):
-        line, row = _place(task.table, block)
-        _lay_out(task, line, row, step, steps, laid)
+        job, row = _place(task.jobs, block)
+        _lay_out(task, job, row, step, steps, laid)
         following, coming = (block + 1, step) if block + 1 < end else (begin, step + steps)
-        line, row = _place(task.table, following)
-        ahead = line[_DATA] + row * pitch + coming * step_bytes
+        job, row = _place(task.jobs, following)
+        ahead = job[DATA] + row * pitch + coming * step_bytes
         _multiply_block(
             task, step, steps, laid, packed, sums[(block - begin) * task.pairs * 4 * _SQUARE :], ahead, pitch
         )
@@ -266,7 +253,7 @@ def _multiply_block(
 
     Meanwhile as many numbers of 32 rows at the address ``ahead``, ``pitch`` bytes apart, are fetched from memory.
     """
-    pairs, step_bytes = task.pairs, _step_bytes(task.kind)
+    pairs, step_bytes = task.pairs, _step_bytes(task.form)
     size = steps * task.parts * _TILE_NUMBERS
     for pair in range(pairs):
         to = pair * 4 * _SQUARE
@@ -310,11 +297,11 @@ def _deliver_field(task: Task, begin: int, end: int, sums: Array, n_new: int, fi
     for panel in range(min(2 * task.pairs, (n_new + _TILE - 1) // _TILE)):
         tokens = min(_TILE, n_new - panel * _TILE)
         for block in range(begin, end):
-            line, row = _place(task.table, block)
-            output = line[_OUTPUT] + 4 * ((first + panel * _TILE) * line[_ROWS] + row)
+            job, row = _place(task.jobs, block)
+            output = job[OUTPUT] + 4 * ((first + panel * _TILE) * job[ROWS] + row)
             at = ((block - begin) * task.pairs * 2 + panel) * 2 * _SQUARE
             if tokens == _TILE:
-                _deliver(sums[at:], output, 4 * line[_ROWS], tokens)
+                _deliver(sums[at:], output, 4 * job[ROWS], tokens)
             else:
                 scratch[: 2 * _SQUARE] = sums[at : at + 2 * _SQUARE]
-                _deliver(scratch, output, 4 * line[_ROWS], tokens)
+                _deliver(scratch, output, 4 * job[ROWS], tokens)

@@ -29,7 +29,8 @@ from numba.extending import intrinsic
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
-from npllama.kernels.memory import address, aligned
+from npllama.kernels.jobs import DATA, OUTPUT, ROWS, count_blocks, job_of, jobs_of
+from npllama.kernels.memory import aligned
 
 _TILE = 16  # rows of a tile of weights, and tokens of a panel
 _SQUARE = _TILE * _TILE  # sums of a tile
@@ -57,21 +58,22 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
         bfloat16. M may differ, and is 32 at least.
     outputs : sequence of ndarray of shape (T, M), float32
     """
-    jobs, blocks = [], 0
-    for weight, output in zip(weights, outputs, strict=True):
-        jobs.append((address(weight.data), address(output), len(weight.data), blocks))
-        blocks += -(-len(weight.data) // _BLOCK)
-    _run(x, np.array(jobs), blocks, _shapes(len(x)))
+    _run(x, jobs_of(weights, outputs, _BLOCK), _shapes(len(x)))
+
+
+def tile_shapes(*row_bytes: int) -> Array:
+    """Return what `simd.tile_configure` takes, for eight tiles of 16 rows of so many bytes."""
+    shapes: Array = np.zeros(64, np.uint8)
+    shapes[0] = 1
+    shapes[16:32:2] = row_bytes
+    shapes[48:56] = 16
+    return shapes
 
 
 @cache
 def _shapes(columns: int) -> Array:
-    """Return the shapes of the tiles: 0 and 1 sums, 3 and 4 weights, 6 and 7 input. See `simd.tile_configure`."""
-    shapes = np.zeros(64, np.uint8)
-    shapes[0] = 1
-    shapes[16:32:2] = [4 * columns] * 3 + [2 * _STEP] * 3 + [4 * columns] * 2
-    shapes[48:56] = _TILE
-    return shapes
+    """Return the shapes of the tiles: 0 and 1 sums, 3 and 4 weights, 6 and 7 input."""
+    return tile_shapes(*[4 * columns] * 3, *[2 * _STEP] * 3, *[4 * columns] * 2)
 
 
 # --- packing ----------------------------------------------------------------------------------------------------
@@ -140,36 +142,30 @@ def _split(numbers: Array, high: Array, middle: Array, low: Array) -> None:
 
 
 @compiled()
-def _run(x: Array, jobs: Array, blocks: int, shapes: Array) -> None:
-    """Pack x (T, N) and multiply every block of every matrix by it.
-
-    Each row of ``jobs`` is a matrix: its address, that of its output, M, and the number of its first block.
-    """
+def _run(x: Array, jobs: Array, shapes: Array) -> None:
+    """Pack x (T, N) and multiply every block of every matrix by it. See `npllama.kernels.jobs`."""
     n_new, width = x.shape
     steps = (width + _STEP - 1) // _STEP
     packed = aligned(steps * _PARTS * _STEP * n_new + 2 * _STEP, _BITS)  # packing writes a line past the last row
     _pack_panel(x, packed)
-    _multiply(jobs, blocks, shapes, packed, n_new, width)
+    _multiply(jobs, shapes, packed, n_new, width)
 
 
 @compiled(parallel=True)
-def _multiply(jobs: Array, blocks: int, shapes: Array, packed: Array, n_new: int, width: int) -> None:
+def _multiply(jobs: Array, shapes: Array, packed: Array, n_new: int, width: int) -> None:
     """Multiply every block of every matrix by the packed panel, the blocks shared between threads.
 
     The last block of a matrix ends where the matrix does. What it shares with the one before is computed twice.
     """
-    for block in prange(blocks):
-        job = 0
-        while job + 1 < len(jobs) and jobs[job + 1, 3] <= block:
-            job += 1
-        weight, output, m, first_block = jobs[job]
-        row = min(_BLOCK * (block - first_block), m - _BLOCK)
+    for block in prange(count_blocks(jobs, _BLOCK)):
+        job, first = job_of(jobs, block, _BLOCK)
+        row = min(first, job[ROWS] - _BLOCK)
+        weight = job[DATA] + 2 * width * row
         scratch = aligned(4 * _SQUARE, _NUMBERS)
         simd.tile_configure(shapes)
         rows_ahead = _BLOCK if 2 * width <= _NARROW else 0
-        ahead = weight + 2 * width * (row + _BLOCK)
-        _multiply_block(weight + 2 * width * row, width, packed, n_new, ahead, rows_ahead, scratch)
-        _deliver(scratch, output + 4 * row, 4 * m, n_new)
+        _multiply_block(weight, width, packed, n_new, weight + 2 * width * _BLOCK, rows_ahead, scratch)
+        _deliver(scratch, job[OUTPUT] + 4 * row, 4 * job[ROWS], n_new)
         simd.tile_release()
 
 

@@ -48,11 +48,8 @@ def compile_kernels(
     steps: tuple[Callable[[], object], ...] = (
         lambda: ops.linear(square, stored(2, 2)),
         lambda: ops.linear(np.ones((1, 64), np.float32), stored(64, 64)),
-        *(
-            # Enough work to be shared between threads, for one, two and three matrices at a time.
-            lambda count=count: ops.linears(np.ones((160, 256), np.float32), [stored(256, 256)] * count)
-            for count in (1, 2, 3)
-        ),
+        # Enough work to be shared between threads.
+        lambda: ops.linear(np.ones((160, 256), np.float32), stored(256, 256)),
         lambda: attend(1),
         (lambda: ops.layer_norm(square, stored(2), stored(2), 1e-5))
         if layer_norm

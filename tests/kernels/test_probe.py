@@ -12,6 +12,7 @@ import pytest
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import matmul, probe
 from npllama.kernels.features import PATHS, host_features
+from npllama.kernels.tiles import tile_shapes
 
 needs_amx = pytest.mark.skipif(not PATHS["amx"] <= host_features(), reason="this processor has no matrix unit")
 
@@ -48,7 +49,7 @@ def test_rates_are_work_by_time() -> None:
 def test_the_matrix_unit_multiplies_and_adds_as_often_as_it_is_counted(numbers: str, sums: type, products: int) -> None:
     tile = np.full((16, products), 0x4000 if numbers == "uint16" else 2).astype(numbers)  # 2, in either
     found = np.full((2, 4, 16, 16), -1, sums)
-    probe._tile_dots(tile, 3, probe._shapes(), found)
+    probe._tile_dots(tile, 3, tile_shapes(*[64] * 8), found)
     assert np.unique(found).tolist() == [3 * products * 2 * 2]
 
 

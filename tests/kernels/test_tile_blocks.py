@@ -110,7 +110,7 @@ def test_what_is_not_finite_touches_its_own_row_only(value: float, activations: 
     assert np.isfinite(np.delete(y, 7, axis=0)).all()
 
 
-def test_a_block_of_passes_shares_the_tokens_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_in_several_passes_give_what_they_give_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = normal(100, 96), stored(normal(64, 96, seed=1), "bfloat16")
     whole = products("amx").linear(x, weight)
     monkeypatch.setattr(tile_blocks, "_TOKENS", 48)

@@ -1,0 +1,43 @@
+"""Several matrices that meet one input, as blocks of rows laid end to end: what a parallel loop deals out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from npllama.dtypes import Array, Tensor
+from npllama.kernels.jit import compiled
+from npllama.kernels.memory import address
+
+#: Storage type -> its number in compiled functions.
+FORMS = {"bfloat16": 0, "int8": 1, "int4": 2}
+#: Columns of a table of jobs, a line for each matrix: addresses of the stored numbers, of scales and minima (or of the
+#: numbers again) and of the output; M, and the number of the first block.
+DATA, SCALES, MINIMA, OUTPUT, ROWS, FIRST = range(6)
+
+
+def jobs_of(weights: Sequence[Tensor], outputs: Sequence[Array], size: int) -> Array:
+    """Return the table of jobs of matrices (M, N) with outputs (T, M), in blocks of ``size`` rows."""
+    jobs, blocks = np.empty((len(weights), 6), np.int64), 0
+    for job, weight, output in zip(jobs, weights, outputs, strict=True):
+        parts = (weight.data if part is None else part for part in (weight.data, weight.scales, weight.minima))
+        job[:] = *(address(part) for part in parts), address(output), len(weight.data), blocks
+        blocks += -(-len(weight.data) // size)
+    return jobs
+
+
+@compiled()
+def count_blocks(jobs: Array, size: int) -> Any:
+    """Return how many blocks there are."""
+    return jobs[-1, FIRST] + (jobs[-1, ROWS] + size - 1) // size
+
+
+@compiled(inline=True)
+def job_of(jobs: Array, block: int, size: int) -> Any:
+    """Return the line of a block's matrix, and the block's first row there."""
+    line = 0
+    while line + 1 < len(jobs) and jobs[line + 1, FIRST] <= block:
+        line += 1
+    return jobs[line], size * (block - jobs[line, FIRST])
