@@ -78,7 +78,7 @@ def load(
     if backend == "fast":
         operations = _with_kernels(kernels, activations)
     elif activations != "float32":
-        operations = with_rounded_inputs(ops)
+        operations = with_rounded_inputs(ops, activations)
     count = _limit_threads(threads, backend)
     tokenizer = None
     if store.tokenizer_folder is not None:

@@ -48,7 +48,7 @@ def test_the_kernel_rounds_as_the_textbook_does() -> None:
 
 def test_every_product_and_nothing_else_is_rounded() -> None:
     x, weight = np.full((2, 2), 1 + 2**-9, np.float32), Tensor(np.eye(2, dtype=np.float32), "float32")
-    of = with_rounded_inputs(ops)
+    of = with_rounded_inputs(ops, "bfloat16")
     ones = np.ones((2, 2))
     np.testing.assert_array_equal(of.linear(x, weight), ones)
     np.testing.assert_array_equal(of.linears(x, (weight,))[0], ones)
@@ -89,7 +89,7 @@ def test_a_trace_of_a_rounding_model_says_so(store: Path) -> None:
 
 
 def test_unknown_activations_name_the_known_ones(store: Path) -> None:
-    with pytest.raises(ParameterError, match=r"'float16', expected one of float32, bfloat16"):
+    with pytest.raises(ParameterError, match=r"'float16', expected one of float32, bfloat16, int8"):
         npllama.load(store, activations="float16")
 
 

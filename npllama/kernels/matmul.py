@@ -12,7 +12,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels import amx, portable, quantised, quantised_dots, quantised_tiles
 from npllama.kernels.features import choose, host_features, ladder
 from npllama.kernels.memory import aligned
-from npllama.kernels.rounded import rounded
+from npllama.kernels.rounded import ROUNDINGS
 
 #: ``product(x, weights, outputs)``: fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, all of one storage type.
 Product: TypeAlias = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
@@ -29,9 +29,9 @@ PRODUCTS: dict[str, dict[str, Product]] = {
     "int8": _QUANTISED,
     "int4": _QUANTISED,
 }
-#: Path -> storage type -> product that gains by an input which is rounded to bfloat16. The others round it first.
-ROUNDED: dict[str, dict[str, Product]] = {
-    "amx": dict.fromkeys(("bfloat16", "int8", "int4"), amx.multiply_rounded),
+#: What inputs are rounded to -> path -> storage type -> product that gains by it. The others round the input first.
+ROUNDED: dict[str, dict[str, dict[str, Product]]] = {
+    "bfloat16": {"amx": dict.fromkeys(("bfloat16", "int8", "int4"), amx.multiply_rounded)},
 }
 
 
@@ -78,8 +78,8 @@ def products(forced: str | None = None, activations: str = "float32") -> Product
     ----------
     forced : str, optional
         One of `npllama.kernels.features.PATHS`.
-    activations : {"float32", "bfloat16"}
-        What the input of every product is rounded to.
+    activations : str
+        What the input of every product is rounded to, one of `npllama.rounding.ACTIVATIONS`.
 
     Raises
     ------
@@ -89,16 +89,16 @@ def products(forced: str | None = None, activations: str = "float32") -> Product
     path = choose(host_features(), forced)
     steps = ladder(path)
     by_dtype = {dtype: next(by_path[step] for step in steps if step in by_path) for dtype, by_path in PRODUCTS.items()}
-    if activations == "bfloat16":
-        by_dtype = {
-            dtype: ROUNDED.get(path, {}).get(dtype) or _rounding(product) for dtype, product in by_dtype.items()
-        }
+    if activations in ROUNDINGS:
+        faster = ROUNDED.get(activations, {}).get(path, {})
+        by_dtype = {dtype: faster.get(dtype) or _rounding(product, activations) for dtype, product in by_dtype.items()}
     return Products(path, by_dtype)
 
 
-def _rounding(product: Product) -> Product:
-    """Return a product that rounds its input to bfloat16 first."""
-    return lambda x, weights, outputs: product(rounded(x), weights, outputs)
+def _rounding(product: Product, activations: str) -> Product:
+    """Return a product that rounds its input first."""
+    round_input = ROUNDINGS[activations]
+    return lambda x, weights, outputs: product(round_input(x), weights, outputs)
 
 
 def linear(x: Array, weight: Tensor, bias: Tensor | None = None) -> Array:

@@ -1,13 +1,25 @@
-"""Activations rounded to bfloat16, for products that are asked to be fast and not exact."""
+"""Twins of `npllama.rounding`: activations rounded, for products that are asked to be fast and not exact.
+
+Integers are rounded bit by bit as NumPy does it. Kernels are compiled with fast floating point, which would turn a
+division into a product with a reciprocal; `divided` and `multiplied` stay what they are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import types
 
-from npllama.dtypes import Array
+from npllama.dtypes import GROUP, Array
 from npllama.kernels.jit import compiled
+from npllama.kernels.llvm import intrinsic
+
+_HIGHEST = np.float32(127)
+#: Bits of 2**-100, below which a group becomes zeros, and of infinity.
+_TINY, _INFINITY = np.uint32(27 << 23), np.uint32(0x7F800000)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 def rounded(x: Array) -> Array:
@@ -34,3 +46,65 @@ def nearest(bits: Any) -> Any:
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     kept = np.uint32(0x400000) | bits if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else bits + half
     return np.uint32(kept) & np.uint32(0xFFFF0000)
+
+
+def rounded_to_int8(x: Array) -> Array:
+    """Return float32 numbers as int8 times a step, in groups. See `npllama.rounding.rounded_to_int8`."""
+    y = np.empty(x.shape, np.float32)
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    round_groups(rows, y.reshape(rows.shape))
+    return y
+
+
+@compiled()
+def round_groups(x: Array, y: Array) -> None:
+    """Do what `rounded_to_int8` does to rows (T, N)."""
+    integers = np.empty(GROUP, np.int8)
+    for i in range(x.shape[0]):
+        for first in range(0, x.shape[1], GROUP):
+            group = x[i, first : first + GROUP]
+            step = int8_step(group, integers)
+            for j in range(len(group)):
+                y[i, first + j] = multiplied(np.float32(integers[j]), step)
+
+
+@compiled()
+def int8_step(group: Array, integers: Array) -> Any:
+    """Write what the numbers of a group (up to 64) are rounded to as int8, and return the step (float32).
+
+    The step is 0 for a group that becomes zeros, and NaN for one that becomes NaN; the integers are zeros then.
+    """
+    bits, most = group.view(np.uint32), np.uint32(0)
+    for j in range(len(group)):
+        most = max(most, np.uint32(bits[j] & _MAGNITUDE))  # in this order a NaN is above all numbers
+    if most < _TINY or most >= _INFINITY:
+        integers[: len(group)] = 0
+        return np.float32(0) if most < _TINY else np.float32(np.nan)
+    largest = np.uint32(most).view(np.float32)
+    scale = divided(_HIGHEST, largest)
+    for j in range(len(group)):
+        integers[j] = np.int8(np.rint(multiplied(group[j], scale)))
+    return divided(largest, _HIGHEST)
+
+
+#: What the inputs of products can be rounded to -> how. See `npllama.rounding.ROUNDINGS`.
+ROUNDINGS: dict[str, Callable[[Array], Array]] = {"bfloat16": rounded, "int8": rounded_to_int8}
+
+
+# --- arithmetic that fast floating point leaves alone ------------------------------------------------------------
+
+
+def _exactly(operation: str) -> Callable[[Any, Any], Any]:
+    """Return an operation of two float32 as an intrinsic. An instruction with a flag of its own is given no others."""
+
+    def typed(context: Any, a: Any, b: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return getattr(builder, operation)(*arguments, flags=("contract",))
+
+        return types.float32(types.float32, types.float32), code
+
+    return intrinsic(typed)
+
+
+#: ``divided(a, b)`` and ``multiplied(a, b)``: the float32 nearest to the quotient or product, for use inside kernels.
+divided, multiplied = _exactly("fdiv"), _exactly("fmul")

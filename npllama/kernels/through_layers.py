@@ -192,7 +192,7 @@ def through_layers_by(path: str, weights: Any, config: Any, *, activations: str 
     plain = config.norm == "rms" and config.norm_order == "pre" and config.gated and config.experts is None
     if path != "amx" or not plain or config.positions != "rope" or config.qk_norm == "projection":
         return None
-    if 2 * config.dim >= _WIDE:
+    if 2 * config.dim >= _WIDE or activations == "int8":
         return None
     matrices = [getattr(layer, name) for layer in weights.layers for name in MATRICES]
     fits = all(

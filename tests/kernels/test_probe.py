@@ -13,6 +13,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels import matmul, probe
 from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.tiles import tile_shapes
+from npllama.rounding import ACTIVATIONS
 
 needs_amx = pytest.mark.skipif(not PATHS["amx"] <= host_features(), reason="this processor has no matrix unit")
 
@@ -74,9 +75,14 @@ def test_the_product_is_the_one_that_is_given_and_runs_once_before_four_that_are
 
 def test_whatever_runs_in_tiles_is_held_against_the_matrix_unit_and_nothing_else() -> None:
     exact = {(path, "float32", dtype) for dtype, by_path in matmul.PRODUCTS.items() for path in by_path}
-    rounding = {(path, "bfloat16", dtype) for path, by_dtype in matmul.ROUNDED.items() for dtype in by_dtype}
+    rounding = {
+        (path, activations, dtype)
+        for activations, by_path in matmul.ROUNDED.items()
+        for path, by_dtype in by_path.items()
+        for dtype in by_dtype
+    }
     in_tiles = {key for key in exact | rounding if key[0] == "amx"}
-    every = {(path, kind, dtype) for path in PATHS for kind in ("float32", "bfloat16") for dtype in matmul.PRODUCTS}
+    every = {(path, kind, dtype) for path in PATHS for kind in ACTIVATIONS for dtype in matmul.PRODUCTS}
     assert {key for key in every if "matrix unit" in probe.arithmetic(*key).name} == in_tiles
 
 
