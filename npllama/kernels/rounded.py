@@ -62,10 +62,9 @@ def round_groups(x: Array, y: Array) -> None:
     integers = np.empty(GROUP, np.int8)
     for i in range(x.shape[0]):
         for first in range(0, x.shape[1], GROUP):
-            group = x[i, first : first + GROUP]
-            step = int8_step(group, integers)
+            step, group = int8_step(x[i, first : first + GROUP], integers), y[i, first : first + GROUP]
             for j in range(len(group)):
-                y[i, first + j] = multiplied(np.float32(integers[j]), step)
+                group[j] = multiplied(np.float32(integers[j]), step)
 
 
 @compiled()
