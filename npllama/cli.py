@@ -185,10 +185,11 @@ def _add_engine(command: argparse.ArgumentParser, *, exact: bool = False) -> Non
     command.add_argument("--threads", type=_positive, metavar="N", help="how many threads (default: one for each core)")
     command.add_argument(
         "--activations",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "int8"),
         default="float32",
         help="what the inputs of products are rounded to: float32 is exact; bfloat16, as other engines have it, makes "
-        "long prompts up to 2.6 times as fast where the processor has a unit for it (default: float32)",
+        "long prompts up to 2.6 times as fast where the processor has a unit for it; int8, in groups of 64, is what "
+        "others multiply integer weights by (default: float32)",
     )
 
 

@@ -29,7 +29,7 @@ class Model:
     threads : int
         Threads that do its work: Numba's with the fast backend, BLAS's with the others.
     activations : str
-        "float32", or "bfloat16" where the inputs of its products are rounded.
+        What the inputs of its products are rounded to, see `npllama.rounding`; "float32" is not at all.
     tokenizer : Tokenizer or None
         None for a store that takes and gives token ids only.
     notice : str or None

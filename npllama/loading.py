@@ -45,10 +45,12 @@ def load(
         Threads that the kernels, or without them BLAS, may use; by default one for each core of this process.
     kernels : {"amx", "avx512", "portable"}, optional
         Instructions that the fast backend may use; by default the best that the processor has.
-    activations : {"float32", "bfloat16"}
-        What the input of every product with weights is rounded to. float32 is exact. bfloat16, which is what other
-        engines compute in, makes long prompts up to 2.6 times as fast where the processor has a unit for it; see
-        `npllama.rounding`. Integer weights are then rounded to bfloat16, too, where more than 16 tokens meet them.
+    activations : {"float32", "bfloat16", "int8"}
+        What the input of every product with weights is rounded to, see `npllama.rounding`. float32 is exact. bfloat16,
+        which is what other engines compute in, makes long prompts up to 2.6 times as fast where the processor has a
+        unit for it. Integer weights are then rounded to bfloat16, too, where more than 16 tokens meet them. int8, in
+        groups of 64, is what other engines multiply integer weights by. It costs more, and leaves all weights as they
+        are.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
     progress : callable, optional

@@ -16,10 +16,12 @@ int8
         round(x) = q · step                 q = -127 .. 127
 
     All of it in float32, each result rounded to the nearest, ties to even. It is what units for int8 take. llama.cpp
-    (Q8_0 and Q8_K activations, groups of 32 and 256) and OpenVINO (dynamic quantisation) do the like. An error of at
-    most half a step for every number of a group: where one number of a group is large, the small ones beside it are
-    lost. A group whose largest number is below 2⁻¹⁰⁰ becomes zeros; one that holds an infinity or a NaN becomes NaN
-    throughout.
+    (Q8_0 and Q8_K activations, groups of 32 and 256) and OpenVINO (dynamic quantisation) do the like. An error of half
+    a step at most for every number of a group: where one number is large, the small ones beside it are lost. A group
+    whose largest number is below 2⁻¹⁰⁰ becomes zeros; one that holds an infinity or a NaN becomes NaN throughout.
+
+Numbers at the end of float32's range may become infinite in either. What it costs: SmolLM2's predictions are 0.0001
+nats (KL) from the exact ones with bfloat16, and 0.005 with int8.
 """
 
 from __future__ import annotations
@@ -64,8 +66,13 @@ ACTIVATIONS = ("float32", *ROUNDINGS)
 
 
 def with_rounded_inputs(ops: Any, activations: str) -> SimpleNamespace:
-    """Return operations whose products round their input first: `npllama.ops` with ``y = W · round(x)``."""
-    round_input = ROUNDINGS[activations]
+    """Return operations whose products round their input first: `npllama.ops` with ``y = W · round(x)``.
+
+    What is rounded is float32: numbers of float64 become the nearest float32 before.
+    """
+
+    def round_input(x: Array) -> Array:
+        return ROUNDINGS[activations](x.astype(np.float32, copy=False)).astype(x.dtype, copy=False)
 
     def linear(x: Array, *others: Any) -> Array:
         y: Array = ops.linear(round_input(x), *others)

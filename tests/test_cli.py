@@ -16,6 +16,7 @@ import pytest
 
 from npllama import __version__, cli, errors
 from npllama.errors import NpllamaError
+from npllama.rounding import ACTIVATIONS
 from tools.environment import ROOT
 
 COMMANDS = (
@@ -36,6 +37,12 @@ def test_the_commands_are_those_that_work() -> None:
     assert tuple(subcommands()) == COMMANDS
     for name in COMMANDS:
         assert callable(importlib.import_module(f"npllama.commands.{name}").run)
+
+
+def test_activations_are_those_that_a_model_can_be_loaded_with() -> None:
+    options = [action for command in subcommands().values() for action in command._actions]
+    found = [tuple(action.choices or ()) for action in options if action.dest == "activations"]
+    assert set(found) == {ACTIVATIONS}
 
 
 def test_every_option_has_a_help_text() -> None:

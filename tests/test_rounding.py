@@ -1,4 +1,4 @@
-"""Models whose products round their input to bfloat16."""
+"""Models whose products round their input."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 import npllama
 from npllama import ops
 from npllama.check.run import run_trace
-from npllama.dtypes import Array, Tensor
+from npllama.dtypes import GROUP, Array, Tensor
 from npllama.errors import ParameterError
-from npllama.rounding import rounded, with_rounded_inputs
+from npllama.rounding import ACTIVATIONS, ROUNDINGS, rounded, rounded_to_int8, with_rounded_inputs
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens, write_hf
 
 CONFIG = loud_config()
 TOKENS = loud_tokens(CONFIG)
+ROUNDING = ACTIVATIONS[1:]
 
 
 @pytest.fixture(scope="module", params=["bf16", "int8"])
@@ -37,54 +38,132 @@ def test_rounding_is_to_the_nearest_and_ties_go_to_the_even() -> None:
     np.testing.assert_array_equal(rounded(x), expected)
 
 
-def test_the_kernel_rounds_as_the_textbook_does() -> None:
-    from npllama.kernels.rounded import rounded as compiled
-
-    bits = np.random.default_rng(0).integers(0, 1 << 32, 200_000, dtype=np.uint32)
-    x = np.concatenate([bits.view(np.float32), np.float32([0, -0.0, np.inf, -np.inf, np.nan, 3.4e38, 1e-45])])
-    np.testing.assert_array_equal(compiled(x), rounded(x))
-    np.testing.assert_array_equal(np.signbit(compiled(x[-7:])), np.signbit(rounded(x[-7:])))
+def group(*numbers: float, largest: float = 127.0, size: int = GROUP) -> Array:
+    """Return a group with these numbers at its beginning, zeros, and its largest at its end."""
+    x = np.zeros(size, np.float32)
+    x[: len(numbers)], x[-1] = numbers, largest
+    return x
 
 
-def test_every_product_and_nothing_else_is_rounded() -> None:
-    x, weight = np.full((2, 2), 1 + 2**-9, np.float32), Tensor(np.eye(2, dtype=np.float32), "float32")
-    of = with_rounded_inputs(ops, "bfloat16")
-    ones = np.ones((2, 2))
-    np.testing.assert_array_equal(of.linear(x, weight), ones)
-    np.testing.assert_array_equal(of.linears(x, (weight,))[0], ones)
-    np.testing.assert_array_equal(of.expert_linear(x[:, None], np.zeros((2, 1), np.int64), weight, 1)[:, 0], ones)
+def test_int8_rounds_to_whole_steps_and_ties_go_to_the_even() -> None:
+    x = group(0.5, 1.5, -2.5, 0.49, 0.51, -0.3, -126.6, 63.4)
+    expected = group(0.0, 2.0, -2.0, 0.0, 1.0, 0.0, -127.0, 63.0)
+    np.testing.assert_array_equal(rounded_to_int8(x), expected)
+    assert not np.signbit(rounded_to_int8(x)[5])  # the integer 0 has no sign
+    np.testing.assert_array_equal(rounded_to_int8(2 * x), 2 * expected)
+    np.testing.assert_array_equal(rounded_to_int8(-x), -expected)
+
+
+def test_int8_is_the_formula_number_by_number() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 2 * GROUP + 9), np.float32)
+    for row, found in zip(x, rounded_to_int8(x), strict=True):
+        for first in (0, GROUP, 2 * GROUP):
+            numbers = row[first : first + GROUP]
+            largest = max(abs(number) for number in numbers)
+            scale, step = np.float32(127) / largest, largest / np.float32(127)
+            q = [np.int8(np.rint(number * scale)) for number in numbers]
+            assert [np.float32(integer) * step for integer in q] == found[first : first + GROUP].tolist()
+            assert np.abs(numbers - found[first : first + GROUP]).max() < 0.5001 * step
+
+
+def test_every_group_has_a_step_of_its_own_and_the_last_one_may_be_short() -> None:
+    x = np.concatenate([group(0.6), group(0.6, largest=1.27), group(0.6, largest=0.127, size=5)])
+    found = rounded_to_int8(np.stack([x, -x]))
+    first = [0, GROUP, 2 * GROUP]
+    np.testing.assert_allclose(found[:, first], [[1.0, 0.6, 0.6], [-1.0, -0.6, -0.6]], rtol=1e-6)
+    np.testing.assert_array_equal(found[0], rounded_to_int8(x))
+    np.testing.assert_array_equal(found[0, 2 * GROUP :], rounded_to_int8(x[2 * GROUP :]))
+
+
+def test_what_int8_makes_of_groups_that_are_no_ordinary_numbers() -> None:
+    tiny, least = np.float32(2.0**-100), np.nextafter(np.float32(2.0**-100), np.float32(0))
+    groups = [group(-1e-40, largest=least), group(tiny, largest=-tiny), group(largest=0.0), group(1.0, largest=np.inf)]
+    groups += [group(np.nan), group(1.0, largest=-np.inf), group(1.0)]
+    found = rounded_to_int8(np.concatenate(groups)).reshape(-1, GROUP)
+    for zeros in (found[0], found[2]):
+        assert not zeros.view(np.uint32).any()
+    np.testing.assert_allclose(found[1][[0, -1]], [tiny, -tiny], rtol=1e-6)
+    for missing in (found[3], found[4], found[5]):
+        assert np.isnan(missing).all()
+    np.testing.assert_array_equal(found[6], groups[6])
+
+
+@pytest.mark.parametrize("activations", ROUNDING)
+@pytest.mark.parametrize(
+    "shape", [(2000, GROUP), (300, 3 * GROUP + 10), (999, 7), (12, 5, 2 * GROUP), (GROUP,), (3, 1)]
+)
+def test_the_kernels_round_as_the_textbook_does(activations: str, shape: tuple[int, ...]) -> None:
+    from npllama.kernels.rounded import ROUNDINGS as KERNELS
+
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.float32)
+    of_any_size = rng.standard_normal(shape, np.float32) * (2.0 ** rng.integers(-140, 120, (*shape[:-1], 1))).astype(
+        "f"
+    )
+    special = rng.choice(np.float32([0, -0.0, np.inf, np.nan, 3.4028235e38, -3.3e38, 1e-45, 1e-31, 1]), shape)
+    ties = rng.integers(-254, 255, shape).astype(np.float32) / 2
+    for x in (patterns, of_any_size, special, ties, ties.swapaxes(0, -1)):
+        mine, theirs = KERNELS[activations](x), ROUNDINGS[activations](x)
+        assert mine.dtype == theirs.dtype == np.float32
+        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_array_equal(np.signbit(mine) & ~np.isnan(mine), np.signbit(theirs) & ~np.isnan(theirs))
+
+
+def test_both_sides_know_the_same_roundings() -> None:
+    from npllama.kernels.rounded import ROUNDINGS as KERNELS
+
+    assert set(KERNELS) == set(ROUNDINGS) == set(ROUNDING)
+
+
+@pytest.mark.parametrize("activations", ROUNDING)
+def test_every_product_and_nothing_else_is_rounded(activations: str) -> None:
+    x, weight = np.random.default_rng(0).standard_normal((2, 3), np.float32), Tensor(np.eye(3, dtype="f"), "float32")
+    of, expected = with_rounded_inputs(ops, activations), ROUNDINGS[activations](x)
+    assert (expected != x).any()
+    np.testing.assert_array_equal(of.linear(x, weight), expected)
+    np.testing.assert_array_equal(of.linears(x, (weight,))[0], expected)
+    one = np.zeros((2, 1), np.int64)
+    np.testing.assert_array_equal(of.expert_linear(x[:, None], one, weight, 1)[:, 0], expected)
     assert of.rms_norm is ops.rms_norm
     assert of.attention is ops.attention
+    assert of.linear(x.astype(np.float64), weight).dtype == np.float64
 
 
 @pytest.mark.parametrize("backend", ["fast", "numpy"])
-def test_a_rounding_model_is_as_far_from_the_exact_one_as_roundings_are(store: Path, backend: str) -> None:
+@pytest.mark.parametrize(("activations", "least", "most"), [("bfloat16", 1e-7, 1e-3), ("int8", 1e-5, 0.1)])
+def test_a_rounding_model_is_as_far_from_the_exact_one_as_roundings_are(
+    store: Path, backend: str, activations: str, least: float, most: float
+) -> None:
     exact = npllama.load(store, backend="float64").forward(TOKENS)
-    found = npllama.load(store, backend=backend, activations="bfloat16").forward(TOKENS)
-    assert 1e-7 < error(found, exact) < 1e-3
+    found = npllama.load(store, backend=backend, activations=activations).forward(TOKENS)
+    assert least < error(found, exact) < most
     assert error(npllama.load(store, backend=backend).forward(TOKENS), exact) < 1e-9
 
 
-def test_both_backends_round_alike(store: Path) -> None:
-    """Up to what rounding turns small differences into: a number that lies between two bfloat16 may go either way."""
-    fast, textbook = (npllama.load(store, backend=backend, activations="bfloat16") for backend in ("fast", "numpy"))
+@pytest.mark.parametrize("activations", ROUNDING)
+def test_both_backends_round_alike(store: Path, activations: str) -> None:
+    """Up to what rounding turns small differences into: a number that lies between two may go either way."""
+    fast, textbook = (npllama.load(store, backend=backend, activations=activations) for backend in ("fast", "numpy"))
     exact = npllama.load(store, backend="float64").forward(TOKENS)
     apart = error(fast.forward(TOKENS[:12]), textbook.forward(TOKENS[:12]))
     assert apart < error(textbook.forward(TOKENS[:12]), exact[:12])
 
 
-def test_a_prompt_in_pieces_is_the_prompt_in_one(store: Path) -> None:
-    model = npllama.load(store, activations="bfloat16")
+@pytest.mark.parametrize(("activations", "most"), [("bfloat16", 1e-3), ("int8", 0.1)])
+def test_a_prompt_in_pieces_is_the_prompt_in_one(store: Path, activations: str, most: float) -> None:
+    model = npllama.load(store, activations=activations)
     whole = model.forward(TOKENS)
     cache = model.new_cache(len(TOKENS))
     pieces = [model.forward(TOKENS[a:b], cache) for a, b in ((0, 3), (3, 4), (4, len(TOKENS)))]
-    assert error(np.concatenate(pieces), whole) < 1e-3
+    assert error(np.concatenate(pieces), whole) < most
 
 
-def test_a_trace_of_a_rounding_model_says_so(store: Path) -> None:
-    model = npllama.load(store, activations="bfloat16")
-    assert model.activations == "bfloat16"
-    assert run_trace(model, TOKENS, prefill=len(TOKENS)).dtype == "bfloat16"
+@pytest.mark.parametrize("backend", ["fast", "numpy"])
+@pytest.mark.parametrize("activations", ROUNDING)
+def test_a_trace_of_a_rounding_model_says_so(store: Path, activations: str, backend: str) -> None:
+    model = npllama.load(store, backend=backend, activations=activations)
+    assert model.activations == activations
+    assert run_trace(model, TOKENS, prefill=len(TOKENS)).dtype == activations
     assert run_trace(npllama.load(store), TOKENS, prefill=len(TOKENS)).dtype == "float32"
 
 
@@ -93,6 +172,7 @@ def test_unknown_activations_name_the_known_ones(store: Path) -> None:
         npllama.load(store, activations="float16")
 
 
-def test_the_truth_is_not_rounded(store: Path) -> None:
-    with pytest.raises(ParameterError, match=r"rounded to bfloat16, but the float64 backend is the truth"):
-        npllama.load(store, backend="float64", activations="bfloat16")
+@pytest.mark.parametrize("activations", ROUNDING)
+def test_the_truth_is_not_rounded(store: Path, activations: str) -> None:
+    with pytest.raises(ParameterError, match=rf"rounded to {activations}, but the float64 backend is the truth"):
+        npllama.load(store, backend="float64", activations=activations)

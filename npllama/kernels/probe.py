@@ -133,7 +133,7 @@ def arithmetic(path: str, activations: str, dtype: str) -> Arithmetic:
     ----------
     path : str
         One of `npllama.kernels.features.PATHS`.
-    activations : {"float32", "bfloat16"}
+    activations : str
         What the input of products is rounded to.
     dtype : str
         Storage type of the weights.

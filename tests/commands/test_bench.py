@@ -105,7 +105,7 @@ def test_sequences_decode_together_and_the_cache_is_as_asked_for(npllama: Npllam
 
 
 @pytest.mark.usefixtures("small_probes")
-@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activations", ["float32", "bfloat16", "int8"])
 def test_products_are_measured_as_the_model_computes_them(
     activations: str, npllama: Npllama, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
