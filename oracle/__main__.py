@@ -135,10 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", type=_count, default=4, metavar="N", help="greedy steps after the prompt (default: 4)")
     add("--backend", choices=("fast", "numpy"), default="fast", help="of the engine (default: fast)")
     add("--threads", type=_count, metavar="N", help="threads of the engine (default: one for each core)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="what the reference computes in, and so how much noise is allowed (default: float32)")  # fmt: skip
-    add("--activations", choices=("float32", "bfloat16"), default="float32",
-        help="what inputs of the engine's products are rounded to; bfloat16 needs --dtype bfloat16")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="what the reference computes in, and so how much noise is allowed (default: --activations)")  # fmt: skip
+    add("--activations", choices=("float32", "bfloat16", "int8"), default="float32",
+        help="what inputs of the engine's products are rounded to (default: float32, not at all)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
     add("--html", metavar="FILE", help="write the report as a page, too")
     add("--junit", metavar="FILE", help="write the report for a test server, too")

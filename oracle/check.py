@@ -40,7 +40,7 @@ def check(
     decode: int = 0,
     backend: str = "fast",
     threads: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     activations: str = "float32",
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
@@ -58,12 +58,12 @@ def check(
         Of the engine.
     threads : int, optional
         Of the engine.
-    dtype : {"float32", "bfloat16"}
-        What the reference computes in, and so whose noise the engine is allowed. The engine itself computes in float32:
-        with bfloat16 the report shows how it stands to a run as Meta's.
-    activations : {"float32", "bfloat16"}
-        What the engine rounds the inputs of its products to; see `npllama.load`. bfloat16 asks for a reference in
-        bfloat16, which rounds those and more.
+    dtype : {"float32", "bfloat16"}, optional
+        What the reference computes in, and so whose noise the engine is allowed; by default what the engine rounds to.
+        The engine itself computes in float32: with bfloat16 the report shows how it stands to a run as Meta's.
+    activations : {"float32", "bfloat16", "int8"}
+        What the engine rounds the inputs of its products to; see `npllama.load`. A reference in bfloat16 rounds those
+        and more. One in int8 rounds exactly those, exactly so.
     say : callable
         Told what is being done.
 
@@ -83,10 +83,11 @@ def check(
     All tensors of the three runs are in memory at once, but only one layer of the oracle's weights.
     """
     prefill = len(tokens)
-    if activations == "bfloat16" and dtype != "bfloat16":
+    dtype = dtype or activations
+    if activations != "float32" and dtype != activations:
         raise ParameterError(
-            f"the engine was asked to round activations to bfloat16, and the reference to compute in {dtype}",
-            remedy="Give --dtype bfloat16, too: what is rounded is allowed the noise of a run that rounds.",
+            f"the engine was asked to round activations to {activations}, and the reference to compute in {dtype}",
+            remedy="Leave --dtype away: what is rounded is allowed the noise of a run that rounds alike.",
         )
     check_run(store.config, tokens, prefill, decode)
     say(f"torch in {dtype}: {prefill} tokens and {decode} decode steps")
@@ -102,7 +103,8 @@ def check(
     report = _with_lost_taps(report, FUSED[backend])
     if dtype != "float32":
         how = "in float32" if activations == "float32" else f"with products of {activations}"
-        notes = (*report.notes, f"the engine computed {how} and was allowed the noise of {dtype}")
+        alone = "; each of its operations alone, on torch's inputs, that of float32" if dtype == "int8" else ""
+        notes = (*report.notes, f"the engine computed {how} and was allowed the noise of {dtype}{alone}")
         report = replace(report, notes=notes)
     if report.verdict != "differs":
         return report

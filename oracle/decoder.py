@@ -15,9 +15,11 @@ from oracle.equations import (
     linear,
     rms_norm,
     rotate,
+    rounded_to_int8,
     rounding_of,
     route,
     turns,
+    unrounded,
     untapped,
 )
 from oracle.weights import Named, Source, WeightReader, torch_dtype
@@ -30,8 +32,9 @@ class TorchDecoder:
     ----------
     source : Source
         A `Store`, or anything that has its ``config``, ``tensor`` and ``frequencies``.
-    dtype : {"float32", "bfloat16", "float64"}
-        Of weights and activations.
+    dtype : {"float32", "bfloat16", "float64", "int8"}
+        Of weights and activations. "int8" is float32, but what goes into a product with weights is rounded to int8, see
+        `oracle.equations.rounded_to_int8`.
 
     Attributes
     ----------
@@ -47,7 +50,8 @@ class TorchDecoder:
         self.config: ModelConfig = source.config
         self.dtype = dtype
         self.tokens: list[int] = []
-        self._torch_dtype = torch_dtype(dtype)
+        self._torch_dtype = torch_dtype("float32" if dtype == "int8" else dtype)
+        self._round = rounded_to_int8 if dtype == "int8" else unrounded
         self._weights = WeightReader(source, self._torch_dtype)
         self._freqs = tuple(None if freqs is None else torch.tensor(freqs) for freqs in source.frequencies())
         self._activation = ACTIVATIONS[self.config.activation]
@@ -106,7 +110,7 @@ class TorchDecoder:
         self.tokens = [*self.tokens, *tokens]
         if self.config.final_norm:
             x = tap("norm", self._norm(x, self._weights.under("norm."), ""))  # (T, D)
-        return tap("logits", linear(x, self._weights.under("output."), ""))  # (T, V)
+        return tap("logits", self._linear(x, self._weights.under("output."), ""))  # (T, V)
 
     def _block(self, x: torch.Tensor, w: Named, i: int, by: torch.Tensor | None, tap: Tap) -> torch.Tensor:
         """Run decoder layer ``i``: x (T, D) -> (T, D)."""
@@ -133,9 +137,9 @@ class TorchDecoder:
     def _attention(self, h: torch.Tensor, w: Named, i: int, by: torch.Tensor | None, tap: Tap) -> torch.Tensor:
         """Let positions read one another: h (T, D) -> (T, D)."""
         heads = (-1, self.config.head_dim)
-        q = tap("q", linear(h, w, "attention.wq.").unflatten(-1, heads))  # (T, H, Dh)
-        k = tap("k", linear(h, w, "attention.wk.").unflatten(-1, heads))  # (T, K, Dh)
-        v = tap("v", linear(h, w, "attention.wv.").unflatten(-1, heads))  # (T, K, Dh)
+        q = tap("q", self._linear(h, w, "attention.wq.").unflatten(-1, heads))  # (T, H, Dh)
+        k = tap("k", self._linear(h, w, "attention.wk.").unflatten(-1, heads))  # (T, K, Dh)
+        v = tap("v", self._linear(h, w, "attention.wv.").unflatten(-1, heads))  # (T, K, Dh)
         if self.config.qk_norm != "none":
             q = tap("q_norm", self._qk_norm(q, w["attention.q_norm.weight"]))
             k = tap("k_norm", self._qk_norm(k, w["attention.k_norm.weight"]))
@@ -148,22 +152,22 @@ class TorchDecoder:
         window = self.config.window(i)
         context = attention(q, self._keys[i], self._values[i], tap, score_dim=score_dim, window=window)
         context = tap("context", context)  # (T, H, Dh)
-        return tap("attention_out", linear(context.flatten(1), w, "attention.wo."))
+        return tap("attention_out", self._linear(context.flatten(1), w, "attention.wo."))
 
     def _feed_forward(self, h: torch.Tensor, w: Named, tap: Tap) -> torch.Tensor:
         """Run an ordinary feed-forward layer: h (T, D) -> (T, D)."""
         if self.config.gated:
-            gate = tap("gate", linear(h, w, "feed_forward.w1."))  # (T, F)
-            up = tap("up", linear(h, w, "feed_forward.w3."))
+            gate = tap("gate", self._linear(h, w, "feed_forward.w1."))  # (T, F)
+            up = tap("up", self._linear(h, w, "feed_forward.w3."))
             act = tap("ffn_act", self._activation(gate) * up)
         else:
-            up = tap("up", linear(h, w, "feed_forward.w3."))  # (T, F)
+            up = tap("up", self._linear(h, w, "feed_forward.w3."))  # (T, F)
             act = tap("ffn_act", self._activation(up))
-        return tap("ffn_out", linear(act, w, "feed_forward.w2."))
+        return tap("ffn_out", self._linear(act, w, "feed_forward.w2."))
 
     def _mixture(self, h: torch.Tensor, w: Named, i: int, experts: Experts, tap: Tap) -> torch.Tensor:
         """Run a mixture of experts: h (T, D) -> (T, D)."""
-        logits = tap("router_logits", linear(h, w, "feed_forward.router."))  # (T, E)
+        logits = tap("router_logits", self._linear(h, w, "feed_forward.router."))  # (T, E)
         chosen, weights = route(logits, experts.active, experts.renormalise, tap)  # (T, A)
         each = h[:, None].expand(-1, experts.active, -1)  # (T, A, D)
         gate = tap("expert_gate", self._ask(each, chosen, i, "w1", experts.hidden_dim))  # (T, A, Fe)
@@ -174,11 +178,11 @@ class TorchDecoder:
         for place in range(experts.active):  # one after another, because every sum is rounded
             out = out + answers[:, place] * weights[:, place, None]
         if experts.shared_dim:
-            gate = tap("shared_gate", linear(h, w, "feed_forward.shared.w1."))  # (T, Fs)
-            up = tap("shared_up", linear(h, w, "feed_forward.shared.w3."))
+            gate = tap("shared_gate", self._linear(h, w, "feed_forward.shared.w1."))  # (T, Fs)
+            up = tap("shared_up", self._linear(h, w, "feed_forward.shared.w3."))
             act = tap("shared_act", self._activation(gate) * up)
-            share = tap("shared_weight", torch.sigmoid(linear(h, w, "feed_forward.shared.router.")))  # (T, 1)
-            out = out + tap("shared_out", share * linear(act, w, "feed_forward.shared.w2."))
+            share = tap("shared_weight", torch.sigmoid(self._linear(h, w, "feed_forward.shared.router.")))  # (T, 1)
+            out = out + tap("shared_out", share * self._linear(act, w, "feed_forward.shared.w2."))
         return tap("ffn_out", out)
 
     def _ask(self, x: torch.Tensor, chosen: torch.Tensor, i: int, place: str, width: int) -> torch.Tensor:
@@ -187,8 +191,13 @@ class TorchDecoder:
         for expert in chosen.unique().tolist():
             rows = slice(expert * width, (expert + 1) * width)
             where = chosen == expert
-            out[where] = F.linear(x[where], self._weights.rows(f"layers.{i}.feed_forward.{place}.weight", rows))
+            weight = self._weights.rows(f"layers.{i}.feed_forward.{place}.weight", rows)
+            out[where] = F.linear(self._round(x[where]), weight)
         return out
+
+    def _linear(self, x: torch.Tensor, w: Named, place: str) -> torch.Tensor:
+        """Multiply rows x (T, in) by the matrix under a name, as the dtype has it: (T, out)."""
+        return linear(self._round(x), w, place)
 
     def _norm(self, x: torch.Tensor, w: Named, place: str) -> torch.Tensor:
         """Apply the kind of norm that the model has: x (T, D) -> (T, D)."""

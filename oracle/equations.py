@@ -75,6 +75,21 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unrounded(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x``."""
+    return x
+
+
+def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Round float32 numbers (..., in) to int8 times a step of each 64 of a row; see `npllama.rounding`."""
+    groups = F.pad(x, (0, -x.shape[-1] % 64)).unflatten(-1, (-1, 64))  # (..., groups, 64)
+    largest = groups.abs().amax(-1, keepdim=True)
+    q = torch.round(groups * torch.div(torch.full_like(largest, 127), largest)).to(torch.int8)
+    rounded = torch.where(largest < 2.0**-100, 0.0, q * (largest / 127))
+    rounded = torch.where(largest.isfinite(), rounded, math.nan)
+    return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
 def linear(x: torch.Tensor, w: Named, place: str) -> torch.Tensor:
     """Multiply rows x (T, in) by the matrix under a name (out, in), add its bias if there is one: (T, out)."""
     return F.linear(x, w[f"{place}weight"], w.get(f"{place}bias"))

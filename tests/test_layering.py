@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "weights",
         "ops",
+        "rounding",
         "checkpoint.rope",
         "checkpoint.store",
         "dtypes",

@@ -1,9 +1,10 @@
 """Repeat the experiment behind the thresholds of `npllama.check.noise`.
 
 Random models are run by correct engines in many ways (both backends, other summation orders, chunk sizes and thread
-counts, weights stored in float32 and bfloat16, every tensor rounded to bfloat16) and with every mistake of the bug
-dictionary. Each run is compared as `npllama compare` does it; what is printed are the two distributions of the largest
-ratio to the noise floor, with a truth (measured) and without (estimated). The thresholds must lie between them.
+counts, weights stored in float32 and bfloat16, every tensor rounded to bfloat16, the inputs of products rounded to
+int8) and with every mistake of the bug dictionary. Each run is compared as `npllama compare` does it; what is printed
+are the two distributions of the largest ratio to the noise floor, with a truth (measured) and without (estimated; not
+in int8, whose noise is only ever measured). The thresholds must lie between them.
 
     python tools/calibrate.py --seeds 100 --planted 3
 """
@@ -31,6 +32,7 @@ from npllama.check.rerun import Rerun, kind_of
 from npllama.check.run import run_trace
 from npllama.check.trace import MemoryTrace
 from npllama.config import Experts, ModelConfig, RopeScaling
+from npllama.rounding import with_rounded_inputs
 from tests.fixtures.engine import loud_model
 from tests.fixtures.loud import loud_config, loud_tokens
 
@@ -112,11 +114,16 @@ def shuffled_sums(seed: int) -> dict[str, Callable[..., Any]]:
 
 
 def play(run: Rerun, dtype: str, exact: frozenset[str] = frozenset()) -> MemoryTrace:
-    """Record a run in "float32", or with every tensor rounded to "bfloat16" but those of the kinds in ``exact``."""
+    """Record a run in "float32", with the inputs of products rounded to "int8", or with tensors rounded to "bfloat16".
+
+    Those of the kinds in ``exact`` are not.
+    """
     trace = MemoryTrace(tokens=run.tokens, prefill=run.prefill, dtype=dtype, config=run.config)
+    if dtype == "int8":
+        run = replace(run, ops=with_rounded_inputs(run.ops, dtype))
 
     def watch(step: int, name: str, x: Any) -> Any:
-        y = x if dtype == "float32" or kind_of(name) in exact else rounded(x, dtype)
+        y = rounded(x, dtype) if dtype == "bfloat16" and kind_of(name) not in exact else x
         trace.add(step, name, np.array(y))
         return y
 
@@ -149,6 +156,8 @@ def note(
 ) -> None:
     """Compare with and without the truth, and keep the largest ratios: of any token, and of a typical one."""
     for floor, exact in (("measured", truth), ("estimated", None)):
+        if candidate.dtype == "int8" and exact is None:
+            continue
         report = compare(candidate, reference, exact)
         for token, ratio in (("worst", _ratio), ("typical", _typical)):
             row = max(report.rows, key=ratio)
@@ -172,13 +181,14 @@ def experiment(seed: int, planted: bool, found: Found) -> None:
     truth = run_trace(loud_model(config, seed=seed, dtype=storage, backend="float64"), tokens, prefill=_PREFILL)
     plain = loud_model(config, seed=seed, dtype=storage)
     run = Rerun.of(plain, tuple(tokens), _PREFILL)
-    references = {dtype: play(run, dtype) for dtype in ("float32", "bfloat16")}
+    references = {dtype: play(run, dtype) for dtype in ("float32", "bfloat16", "int8")}
     for what, trace in clean_runs(config, seed, storage, tokens):
         note(found, "clean", f"seed {seed}, {what}", trace, references["float32"], truth)
     shuffled = run.with_ops(**shuffled_sums(seed))
     for what, exact in (("shuffled sums", frozenset[str]()), ("fused roundings", _FUSED)):
         trace = play(shuffled, "bfloat16", exact)
         note(found, "clean", f"seed {seed}, {what}", trace, references["bfloat16"], truth)
+    note(found, "clean", f"seed {seed}, shuffled sums", play(shuffled, "int8"), references["int8"], truth)
     ways = [(mistake.name, way) for mistake in DICTIONARY for way in mistake.ways] if planted else []
     for name, way in ways:
         wrong = way.plant(shuffled)
@@ -207,8 +217,8 @@ def main() -> int:
         print(f"{kind}, floor {floor}, {token} token, {dtype}: {len(values)} runs\n    {quantiles}")
         extreme = sorted(ratios, reverse=kind == "clean")[:8]
         print("".join(f"    {ratio:10.3g}  {what}\n" for ratio, what in extreme), end="")
-    for dtype in ("float32", "bfloat16"):
-        for measured in (True, False):
+    for dtype in ("float32", "bfloat16", "int8"):
+        for measured in (True, False) if dtype != "int8" else (True,):
             print(f"{dtype}, {'measured' if measured else 'estimated'}: {limits(dtype, measured=measured)}")
     return 0
 

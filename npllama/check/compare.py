@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from npllama.check import noise
+from npllama.check import coarse, noise
 from npllama.check.adapters import adapted, guide
 from npllama.check.logits import summarise
 from npllama.check.noise import Floors, Verdict
@@ -31,6 +31,7 @@ _NEAR_TIE = "a token was sent to another expert where two are equally probable, 
 
 #: NumPy dtypes that a run's tensors may be saved in: 16-bit runs are widened, nothing is narrowed.
 _SAVED_AS = {
+    "int8": ("float32",),
     "float16": ("float16", "float32"),
     "bfloat16": ("float32",),
     "float32": ("float32",),
@@ -65,13 +66,15 @@ def compare(
     Raises
     ------
     TraceError
-        Reference and truth are not runs of the same model on the same tokens.
+        Reference and truth are not runs of the same model on the same tokens, or a run in int8 is held against one that
+        does not measure its noise (`npllama.check.coarse`).
     """
     if truth is not None and (list(truth.tokens), truth.prefill) != (list(reference.tokens), reference.prefill):
         raise TraceError(
             "the truth was fed other tokens than the reference, or in other steps",
             remedy="Record both with the same --tokens and --decode.",
         )
+    coarse.check_sides(candidate, reference, truth)
     empty = Report("cannot tell", "", candidate=_side(candidate), reference=_side(reference),
                    truth=None if truth is None else _side(truth))  # fmt: skip
     refused = _other_run(candidate, reference)
@@ -157,6 +160,8 @@ class _Comparison:
                 f"the reference computed in {self.reference.dtype}, the candidate in {self.candidate.dtype}: the "
                 "noise floor is scaled from one to the other"
             )
+        if self.candidate.dtype == coarse.DTYPE and not self.local:
+            notes.append("a mistake that is smaller than the noise of int8 is not seen in a trace alone")
         if foreign:
             notes.append("RoPE tables computed elsewhere: two ulp of each angle are allowed at the taps they reach")
         if ties:
@@ -188,12 +193,16 @@ class _Comparison:
             return replace(row, verdict="cannot tell", finding="the truth does not have it")
         base = theirs if self.truth is None else self.truth.read(*key)
         floor = floors.rows[key]
-        ratios = _ratios(squared_error(entry.name, mine, base), floor)
+        errors = squared_error(entry.name, mine, base)
+        ratios = _ratios(errors, floor)
         worst = int(ratios.argmax())
         typical, verdict = _judged(floors, ratios)
         excused = touched(ties, *key, len(ratios))
         if verdict == "differs" and excused.any() and _judged(floors, ratios[~excused])[1] != "differs":
             verdict, row = "cannot tell", replace(row, finding=_NEAR_TIE)
+        if self.candidate.dtype == coarse.DTYPE:
+            verdict, finding = coarse.judge(verdict, errors, energy(entry.name, base), self.local.get(key))
+            row = replace(row, finding=row.finding or finding)
         total = float(energy(entry.name, theirs).sum())
         row = replace(
             row,

@@ -11,7 +11,7 @@ reported, and none is the diagnosis.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from npllama.check.mistakes import DICTIONARY, Mistake
@@ -20,6 +20,7 @@ from npllama.check.rerun import Rerun
 from npllama.check.trace import TraceLike
 from npllama.engine import Model
 from npllama.errors import ParameterError
+from npllama.rounding import with_rounded_inputs
 
 Verdict = Literal["named", "no match", "too noisy to say"]
 
@@ -122,7 +123,8 @@ def _right_run(model: Model, candidate: TraceLike, given: TraceLike) -> Rerun:
             f"the trace has token {outside[0]}, which is outside the model's vocabulary of {model.config.vocab_size}",
             remedy="Name the model that was run.",
         )
-    return Rerun.of(model, tokens, given.prefill)
+    run = Rerun.of(model, tokens, given.prefill)
+    return run if candidate.dtype != "int8" else replace(run, ops=with_rounded_inputs(run.ops, "int8"))
 
 
 def _rank(guess: Guess) -> tuple[float, int]:

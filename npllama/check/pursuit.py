@@ -108,6 +108,7 @@ class Case:
         shapes = MemoryTrace(tokens=candidate.tokens, prefill=candidate.prefill, config=clean.config)
         self._clean = clean
         self._candidate, _ = adapted(candidate, like=shapes)
+        self._dtype = noise.alone(candidate.dtype)
         self._foreign = noise.is_foreign(candidate)
         names, steps = frozenset(tap_names(clean.config)), len(clean.tokens) - clean.prefill
         # Tensors to compare, in the order of the run.
@@ -174,7 +175,7 @@ class Case:
 
     def _measure(self, run: Rerun, truth: MemoryTrace, way: Way | None) -> tuple[dict[Key, float], dict[Key, float]]:
         """Return the candidate's largest error at each tensor in units of a run's own noise, and that noise."""
-        dtype = self._candidate.dtype
+        dtype = self._dtype
         rough = _empty(run, "float32" if dtype == "float64" else dtype)
         self._play(run, rough.dtype, lambda key, x: rough.add(key[1], key[0], x))
         floors = noise.floors(rough, truth, dtype=dtype, foreign=self._foreign, n_layers=run.config.n_layers)
@@ -211,7 +212,7 @@ class Case:
         Half-way, in decibels, between what rounding costs and a complete miss; and where the model as it is fails to
         explain a tensor, the mistake must come much closer.
         """
-        dtype = way.rounds if self._rounds_at(way, key) else self._candidate.dtype
+        dtype = way.rounds if self._rounds_at(way, key) else self._dtype
         corridor = math.sqrt(noise.typical(key[0], dtype, self._clean.config.n_layers))
         return min(corridor, self._wrong.get(key, math.inf) / CLOSER)
 

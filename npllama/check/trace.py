@@ -49,7 +49,7 @@ class TraceLike(Protocol):
 
     @property
     def dtype(self) -> str:
-        """What the run computed in: "float16", "bfloat16", "float32" or "float64"."""
+        """What the run computed in: a member of `npllama.check.trace_format.DTYPES`."""
 
     @property
     def producer(self) -> str:

@@ -26,8 +26,9 @@ from npllama.taps import TAPS, spec_of
 
 FORMAT_VERSION = 1
 FILE_NAME = "trace.json"
-#: What a run can compute in. Files hold float32 (float16 and bfloat16 runs: exact widenings) or float64.
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+#: What a run can compute in. Files hold float32 (float16 and bfloat16 runs: exact widenings) or float64. A run in int8
+#: computes in float32, and rounds the inputs of products with weights as `npllama.rounding` declares it.
+DTYPES = ("float16", "bfloat16", "float32", "float64", "int8")
 ROPE_LAYOUTS = ("interleaved", "half-split")
 
 _MOST_TOKENS = 1 << 22

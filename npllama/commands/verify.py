@@ -11,12 +11,17 @@ from npllama.check.report import Report
 from npllama.checkpoint.store import Store, Verification, verify_store
 from npllama.commands.console import Progress, human, notice, print_json
 from npllama.commands.engine import load_model
-from npllama.errors import CorruptDataError, NpllamaError
+from npllama.errors import CorruptDataError, NpllamaError, ParameterError
 from npllama.loading import load
 
 
 def run(options: argparse.Namespace) -> int:
     """Check sizes, headers and SHA-256 of every file, then replay the recorded run; name all that is wrong."""
+    if options.activations == "int8":
+        raise ParameterError(
+            "a recorded run cannot be replayed with activations in int8: their rounding hides what it is to show",
+            remedy="Leave --activations away.",
+        )
     with Progress() as progress:
         found = verify_store(options.model, progress)
     problems = list(found.problems)

@@ -51,7 +51,7 @@ def truth_model(config: ModelConfig, dtype: str, seed: int = 0) -> Model:
 def traces(config: ModelConfig, dtype: str, rounds_to: str = "float32") -> tuple[TraceLike, TraceLike]:
     """Return the float64 truth, and a reference in the candidate's dtype."""
     truth = run_trace(truth_model(config, dtype), tokens_of(config), prefill=LOUD_TOKENS)
-    return truth, record(build(config, dtype=dtype).model(), config, rounds_to)
+    return truth, candidate([], config, dtype=dtype, rounds_to=rounds_to)
 
 
 def config_for(way: Way, dtype: str) -> ModelConfig:
@@ -68,7 +68,7 @@ def record(model: WrongModel, config: ModelConfig, rounds_to: str = "float32", s
     """Run an engine over the tokens, and say that they were a run of the right model."""
     tokens = tokens_of(config, seed)
     trace = MemoryTrace(tokens=tokens, prefill=LOUD_TOKENS, dtype=rounds_to, config=config)
-    engine = model if rounds_to == "float32" else model.rounding(rounds_to)
+    engine = model if rounds_to in ("float32", "int8") else model.rounding(rounds_to)
     return run_trace(engine, tokens, prefill=LOUD_TOKENS, into=trace)
 
 
@@ -82,10 +82,25 @@ def candidate(
     seed: int = 0,
 ) -> TraceLike:
     """Record an engine with planted mistakes."""
-    parts = build(config, backend=backend, dtype=dtype, seed=seed)
+    engine = wrong_model(mistakes, config, backend=backend, dtype=dtype, rounds_to=rounds_to, seed=seed)
+    return record(engine, config, rounds_to, seed)
+
+
+def wrong_model(
+    mistakes: Sequence[tuple[str, str]],
+    config: ModelConfig,
+    *,
+    backend: str = "numpy",
+    dtype: str = "float32",
+    rounds_to: str = "float32",
+    seed: int = 0,
+) -> WrongModel:
+    """Return an engine with planted mistakes. In "int8" it rounds the inputs of its products."""
+    activations = rounds_to if rounds_to == "int8" else "float32"
+    parts = build(config, backend=backend, dtype=dtype, activations=activations, seed=seed)
     for mistake in mistakes:
         parts = PLANTED[mistake](parts)
-    return record(parts.model(), config, rounds_to, seed)
+    return parts.model()
 
 
 def visible(way: Way, trace: TraceLike, reference: TraceLike) -> tuple[str, int]:

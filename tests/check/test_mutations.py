@@ -7,7 +7,8 @@ import pytest
 from npllama.check.compare import compare
 from npllama.check.diagnose import diagnose
 from npllama.check.mistakes import Mistake, Way
-from tests.check.cases import WAYS, candidate, config_for, label, right_run, traces, truth_model, visible
+from npllama.check.run import shadow_run
+from tests.check.cases import WAYS, candidate, config_for, label, right_run, traces, truth_model, visible, wrong_model
 from tests.check.family_models import MODELS
 from tests.check.planted import PLANTED
 
@@ -27,6 +28,12 @@ BELOW_BFLOAT16 = {
     ("router-in-low-precision", "float16"),
 }
 
+#: What the noise of int8 drowns in a trace: nearly the same, and a RoPE that is a little off.
+BELOW_INT8 = {
+    *(way for way in BELOW_BFLOAT16 if way[0] != "router-in-low-precision"),
+    ("weights-narrowed", "bfloat16"),
+    ("rope-scaling-factor", "8"),
+}
 
 #: What only other families can get wrong, but for norms, activations, windows and experts, which have kernels.
 WITHOUT_KERNELS = {
@@ -87,6 +94,22 @@ def test_a_run_that_rounds_to_bfloat16_shows_all_but_what_its_rounding_hides(mis
     assert (found.verdict, found.name) == ("named", mistake.name)
     truth, reference = traces(config, "bfloat16", "bfloat16")
     assert compare(wrong, reference, truth).verdict != "match"
+
+
+@every_way_but()
+def test_a_run_in_int8_is_found_out_by_its_operations_one_by_one_where_its_rounding_hides_it(
+    mistake: Mistake, way: Way
+) -> None:
+    config, planted = config_for(way, "float32"), [(mistake.name, way.label)]
+    wrong = candidate(planted, config, rounds_to="int8")
+    truth, reference = traces(config, "float32", "int8")
+    verdict = compare(wrong, reference, truth).verdict
+    assert (verdict == "match") == ((mistake.name, way.label) in BELOW_INT8)
+    if verdict != "differs":
+        local = shadow_run(wrong_model(planted, config, rounds_to="int8"), reference)
+        assert compare(wrong, reference, truth, local=local).verdict == "differs"
+    found = diagnose(truth_model(config, "float32"), wrong)
+    assert (found.verdict, found.name, found.way) == ("named", mistake.name, way.label)
 
 
 # --- in other families ----------------------------------------------------------------------------------------------
@@ -170,5 +193,19 @@ def test_a_clean_run_of_every_family_matches_and_has_no_name(model: str, backend
     truth, reference = traces(config, "bfloat16", rounds_to)
     assert compare(clean, reference, truth).verdict == "match"
     found = diagnose(truth_model(config, "bfloat16"), clean)
+    assert (found.verdict, found.name) == ("no match", None)
+    assert found.sentence.startswith("Every operation")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("backend", ["numpy", "fast"])
+def test_a_clean_run_in_int8_matches_operation_by_operation_and_has_no_name(model: str, backend: str) -> None:
+    config = MODELS[model]
+    clean = candidate([], config, backend=backend, rounds_to="int8")
+    truth, reference = traces(config, "float32", "int8")
+    assert compare(clean, reference, truth).verdict != "differs"
+    local = shadow_run(wrong_model([], config, backend=backend, rounds_to="int8"), reference)
+    assert compare(clean, reference, truth, local=local).verdict == "match"
+    found = diagnose(truth_model(config, "float32"), clean)
     assert (found.verdict, found.name) == ("no match", None)
     assert found.sentence.startswith("Every operation")

@@ -226,7 +226,7 @@ DEFECTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "inside the trace's folder",
     ),
     "a name that is a path": ({"taps": [{"name": "a/../../b"}]}, TraceError, "cannot be a file name"),
-    "an unknown dtype": ({"dtype": "int8"}, TraceError, "dtype is 'int8', expected one of float16, bfloat16"),
+    "an unknown dtype": ({"dtype": "int4"}, TraceError, "dtype is 'int4', expected one of float16, bfloat16"),
     "an unknown layout": ({"model": {"rope_layout": "spiral"}}, TraceError, "rope_layout is 'spiral'"),
     "a model that is a list": ({"model": []}, TraceError, r"model is \[\]"),
     "a newer format": ({"format_version": 2}, VersionError, "trace format 2"),

@@ -17,6 +17,8 @@ from npllama.cache import KVCache
 from npllama.config import ModelConfig
 from npllama.dtypes import Array, Tensor, narrow
 from npllama.engine import Model
+from npllama.kernels.paths import twins
+from npllama.rounding import with_rounded_inputs
 from npllama.taps import Recorder, Tap
 from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST
@@ -31,6 +33,8 @@ class Build:
     tensors: Mapping[str, Array]
     backend: str = "numpy"
     dtype: str = "float32"
+    #: What the inputs of products are rounded to.
+    activations: str = "float32"
     #: Replaced operations.
     ops: Mapping[str, Callable[..., Any]] | None = None
     freqs: Array | None = None
@@ -53,7 +57,10 @@ class Build:
     @property
     def base(self) -> SimpleNamespace:
         """The operations of the backend."""
-        return FAST if self.backend == "fast" else SimpleNamespace(**vars(ops))
+        rounds = self.activations != "float32"
+        if self.backend == "fast":
+            return FAST if not rounds else SimpleNamespace(**{**vars(ops), **twins(None, self.activations)})
+        return with_rounded_inputs(ops, self.activations) if rounds else SimpleNamespace(**vars(ops))
 
     def model(self) -> WrongModel:
         stored = {name: Tensor(narrow(array, self.dtype), self.dtype) for name, array in self.tensors.items()}
@@ -109,11 +116,18 @@ class _Rounding:
         return lambda name, x: tap(name, x.astype(self._dtype).astype(x.dtype))
 
 
-def build(config: ModelConfig, *, backend: str = "numpy", dtype: str = "float32", seed: int = 0) -> Build:
+def build(
+    config: ModelConfig,
+    *,
+    backend: str = "numpy",
+    dtype: str = "float32",
+    activations: str = "float32",
+    seed: int = 0,
+) -> Build:
     """Return a loud engine's parts, without a mistake; the weights are numbers that the dtype has."""
     values = loud_tensors(config, seed)
     exact = {name: Tensor(narrow(x, dtype), dtype).numbers() for name, x in values.items()}
-    return Build(config, exact, backend, dtype)
+    return Build(config, exact, backend, dtype, activations)
 
 
 def frequencies(config: ModelConfig, *, long: bool = False) -> Array | None:

@@ -159,6 +159,22 @@ def test_a_diagnosis_names_the_mistake_and_the_model_gives_the_truth(
     assert any("given to --diagnose" in note for note in found["notes"])
 
 
+@pytest.mark.parametrize("backend", ["fast", "numpy"])
+def test_runs_in_int8_are_compared_with_their_like_and_a_truth(
+    npllama: Callable[..., Any], traces: dict[str, Path], store: Path, tmp_path: Path, backend: str
+) -> None:
+    arguments = ("--tokens", IDS, "--decode", 2, "--teacher-force", "--activations", "int8")
+    for name in (backend, "reference"):
+        assert npllama("trace", store, "-o", tmp_path / name, *arguments, "--backend", backend).code == 0
+    assert Trace.open(tmp_path / backend).dtype == "int8"
+    mine, theirs, truth = tmp_path / backend, tmp_path / "reference", ("--truth", traces["float64"])
+    assert npllama("compare", mine, theirs, *truth, "--json").json["verdict"] == "match"
+    assert npllama("compare", mine, theirs, "--diagnose", store, "--json").json["verdict"] == "match"
+    for others, remedy in (((mine, theirs), "--truth"), ((mine, traces["numpy"], *truth), "same --activations")):
+        run = npllama("compare", *others)
+        assert (run.code, run.out, remedy in run.err) == (3, "", True)
+
+
 def test_what_is_no_trace_is_bad_input(npllama: Callable[..., Any], traces: dict[str, Path], store: Path) -> None:
     run = npllama("compare", traces["fast"], store)
     assert (run.code, run.out) == (3, "")
@@ -186,6 +202,14 @@ def test_a_recorded_run_is_replayed(npllama: Callable[..., Any], recorded: Path,
     found = run.json
     assert found["ok"]
     assert (found["replay"]["verdict"], found["replay"]["taps"]) == ("match", (3 + 4 * 2) * 3)
+
+
+def test_a_recorded_run_is_not_replayed_where_int8_would_hide_damage(
+    npllama: Callable[..., Any], recorded: Path
+) -> None:
+    run = npllama("verify", recorded, "--activations", "int8")
+    assert (run.code, run.out) == (2, "")
+    assert "Leave --activations away" in run.err
 
 
 def test_without_a_recorded_run_only_the_bytes_are_checked(npllama: Callable[..., Any], store: Path) -> None:

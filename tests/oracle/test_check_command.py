@@ -138,11 +138,51 @@ def test_an_engine_that_rounds_is_measured_by_a_reference_that_rounds(
     stores: dict[str, Path], capsys: pytest.CaptureFixture[str], backend: str
 ) -> None:
     rounding = ("--tokens", TOKENS, "--backend", backend, "--activations", "bfloat16")
-    code, report = run(capsys, stores["bf16"], *rounding, "--dtype", "bfloat16")
+    code, report = run(capsys, stores["bf16"], *rounding)
     assert (code, report["verdict"], report["measured"]) == (0, "match", True)
     assert "the engine computed with products of bfloat16 and was allowed the noise of bfloat16" in report["notes"]
-    code, message = run(capsys, stores["bf16"], *rounding)
-    assert (code, "Give --dtype bfloat16, too" in message) == (2, True)
+    code, message = run(capsys, stores["bf16"], *rounding, "--dtype", "float32")
+    assert (code, "Leave --dtype away" in message) == (2, True)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "fast"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_an_engine_that_rounds_to_int8_is_held_to_float32_in_each_operation(
+    stores: dict[str, Path], capsys: pytest.CaptureFixture[str], backend: str, dtype: str
+) -> None:
+    rounding = ("--tokens", TOKENS, "--backend", backend, "--activations", "int8")
+    code, report = run(capsys, stores[dtype], *rounding)
+    assert (code, report["verdict"], report["measured"]) == (0, "match", True)
+    assert "alone, on torch's inputs, that of float32" in report["notes"][-1]
+    assert all(tap["local_db"] is None or tap["local_db"] < -115 for tap in report["taps"])
+    assert max(tap["noise_db"] for tap in report["taps"] if tap["noise_db"] is not None) > -40
+    code, message = run(capsys, stores[dtype], *rounding, "--dtype", "bfloat16")
+    assert (code, "Leave --dtype away" in message) == (2, True)
+
+
+def test_what_the_noise_of_int8_hides_is_seen_in_the_operation_alone_and_named(
+    stores: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from npllama import kernels
+
+    norm = kernels.rms_norm
+    monkeypatch.setattr(kernels, "rms_norm", lambda x, weight, eps: norm(x, weight, eps / 10))
+    code, report = run(capsys, stores["f32"], "--tokens", TOKENS, "--backend", "fast", "--activations", "int8")
+    assert (code, report["verdict"]) == (1, "differs")
+    assert report["first_divergence"] == "layers.0.attention_norm"
+    assert max(tap["ratio"] for tap in report["taps"]) < 100
+    assert "by its own doing" in report["reason"]
+    assert (report["diagnosis"], report["margin"] > 10) == ("norm-eps", True)
+
+
+@pytest.mark.parametrize(("group", "tap"), [(32, "layers.0.q"), (128, "layers.0.ffn_out")])
+def test_other_groups_than_the_declared_ones_are_a_difference(
+    stores: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, group: int, tap: str
+) -> None:
+    monkeypatch.setattr("npllama.rounding.GROUP", group)
+    code, report = run(capsys, stores["f32"], "--tokens", TOKENS, "--backend", "numpy", "--activations", "int8")
+    assert (code, report["verdict"], report["first_divergence"]) == (1, "differs", tap)
+    assert "round to the same integers" in report["reason"]
 
 
 def test_the_report_is_also_a_page_and_a_junit_file(
@@ -211,6 +251,16 @@ def test_a_sound_engine_matches_in_every_family(
     fused = UNMATERIALISED if backend == "fast" else set()
     compared = {tap["name"] for tap in report["taps"] if tap["step"] == 3}
     assert compared == {tap for tap in tap_names(config) if tap.rpartition(".")[2] not in fused}
+
+
+@pytest.mark.parametrize("backend", ["numpy", "fast"])
+@pytest.mark.parametrize("name", [*FAMILIES, *OPTIONS])
+def test_a_sound_engine_that_rounds_to_int8_is_sound_in_every_family(
+    family_stores: dict[str, Path], capsys: pytest.CaptureFixture[str], name: str, backend: str
+) -> None:
+    arguments = ("--tokens", tokens_of(name), "--backend", backend, "--activations", "int8")
+    code, report = run(capsys, family_stores[name], *arguments, decode=3)
+    assert (code, report["verdict"], report["first_divergence"]) == (0, "match", None)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -317,3 +367,16 @@ def test_a_trained_model_matches_in_every_layer(
     assert (code, report["verdict"], report["measured"]) == (0, "match", True)
     assert len(report["taps"]) == 2 * (3 + 30 * (17 if backend == "numpy" else 15))
     assert report["logits"]["same_top1"] == report["logits"]["positions"] == 17
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numpy", "fast"])
+def test_a_trained_model_that_rounds_to_int8_matches_in_every_layer(
+    smollm2_stores: dict[str, Path], capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    prompt = "The capital of France is Paris; that of Italy is Rome, and that of"
+    rounding = ("--prompt", prompt, "--backend", backend, "--activations", "int8")
+    code, report = run(capsys, smollm2_stores["bf16"], *rounding, decode=1)
+    assert (code, report["verdict"], report["measured"]) == (0, "match", True)
+    assert all(tap["local_db"] is None or tap["local_db"] < -110 for tap in report["taps"])

@@ -24,7 +24,16 @@ pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 
 from oracle.decoder import TorchDecoder  # noqa: E402
-from oracle.equations import mask, rms_norm, rotate, rounding_of, route, turns, untapped  # noqa: E402
+from oracle.equations import (  # noqa: E402
+    mask,
+    rms_norm,
+    rotate,
+    rounded_to_int8,
+    rounding_of,
+    route,
+    turns,
+    untapped,
+)
 from oracle.run import numbers, record  # noqa: E402
 from oracle.weights import WeightReader, to_torch  # noqa: E402
 
@@ -118,6 +127,37 @@ def test_in_bfloat16_experts_are_chosen_by_probabilities_that_were_not_rounded()
     assert seen["router_probs"][0, 0] == seen["router_probs"][0, 1]
     assert chosen.tolist() == [[1, 2]]
     assert weights.tolist() == seen["router_probs"][:, 1:].tolist()
+
+
+@pytest.mark.parametrize("width", [64, 100, 7])
+def test_int8_is_rounded_as_it_is_declared_bit_by_bit(width: int) -> None:
+    from npllama.rounding import rounded_to_int8 as declared
+
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 1 << 32, (500, width), dtype=np.uint32).view(np.float32)
+    of_any_size = rng.standard_normal((5000, width), np.float32) * (2.0 ** rng.integers(-140, 120, (5000, 1))).astype(
+        "f"
+    )
+    for x in (patterns, of_any_size, np.zeros((2, width), np.float32)):
+        found = rounded_to_int8(torch.from_numpy(x)).numpy()
+        np.testing.assert_array_equal(found, declared(x))
+        assert (np.signbit(found) == np.signbit(declared(x)))[np.isfinite(found)].all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_in_int8_the_inputs_of_products_are_rounded_and_nothing_else(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = some_tokens(FAMILIES[family])
+    exact = recorded(TorchDecoder(Loud(FAMILIES[family]), "float32"), tokens)
+    found = recorded(TorchDecoder(Loud(FAMILIES[family]), "int8"), tokens)
+    assert (found.dtype, {entry.dtype for entry in found.taps}) == ("int8", {"float32"})
+    errors = nmse_by_tap(found, exact)
+    assert errors["tok_embeddings"] == 0
+    assert 1e-6 < errors["logits"] < 0.3
+    monkeypatch.setattr("oracle.decoder.rounded_to_int8", lambda x: x)
+    plain = recorded(TorchDecoder(Loud(FAMILIES[family]), "int8"), tokens)
+    assert set(nmse_by_tap(plain, exact).values()) == {0.0}
 
 
 def test_only_the_experts_that_are_asked_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
