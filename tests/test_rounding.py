@@ -10,8 +10,10 @@ import pytest
 import npllama
 from npllama import ops
 from npllama.check.run import run_trace
-from npllama.dtypes import GROUP, Array, Tensor
+from npllama.checkpoint.quantize import quantize
+from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, narrow
 from npllama.errors import ParameterError
+from npllama.kernels.features import PATHS, host_features
 from npllama.rounding import ACTIVATIONS, ROUNDINGS, rounded, rounded_to_int8, with_rounded_inputs
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens, write_hf
 
@@ -30,6 +32,14 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def error(x: Array, truth: Array) -> float:
     """Squared error relative to the squared truth."""
     return float(((x - truth) ** 2).sum() / (truth**2).sum())
+
+
+def stored(values: Array, dtype: str) -> Tensor:
+    """Return a matrix as a weight is stored."""
+    if dtype not in PACKINGS:
+        return Tensor(narrow(values, dtype), dtype)
+    data, scales, *minima = quantize(values, dtype)
+    return Tensor(data, dtype, scales, minima[0] if minima else None, values.shape[1])
 
 
 def test_rounding_is_to_the_nearest_and_ties_go_to_the_even() -> None:
@@ -176,3 +186,26 @@ def test_unknown_activations_name_the_known_ones(store: Path) -> None:
 def test_the_truth_is_not_rounded(store: Path, activations: str) -> None:
     with pytest.raises(ParameterError, match=rf"rounded to {activations}, but the float64 backend is the truth"):
         npllama.load(store, backend="float64", activations=activations)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_on_every_path_int8_is_an_exact_product_with_the_rounded_input(path: str, dtype: str) -> None:
+    """Whatever a kernel makes of integers: one token and many, whole groups and a rest, a row of no numbers."""
+    if not PATHS[path] <= host_features():
+        pytest.skip("this processor has no such instructions")
+    from npllama.kernels.matmul import products
+
+    rng = np.random.default_rng(0)
+    for n_new, m, n in ((1, 64, 128), (5, 70, 100), (40, 130, 300), (2, 3, 7)):
+        x = rng.standard_normal((n_new, n), np.float32) * np.float32(3)
+        x[0, : n // 2] = 0
+        weight = stored(rng.standard_normal((m, n), np.float32), dtype)
+        found = products(path, "int8").linear(x, weight)
+        exact = ops.linear(rounded_to_int8(x).astype(np.float64), weight)
+        assert error(found, exact) < 1e-12
+        assert error(found, ops.linear(x.astype(np.float64), weight)) > 1e-6
+        x[-1, 3] = np.nan
+        found = products(path, "int8").linear(x, weight)
+        assert np.isnan(found[-1]).all()
+        assert np.isfinite(found[:-1]).all()

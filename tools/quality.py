@@ -10,6 +10,8 @@ GGUF file that llama.cpp's quantiser wrote. The measures, over the tokens of the
 - SQNR, the signal-to-noise ratio of Gaussian weights in that format, in dB. (A model that was published in 4 bits says
   little about 4-bit formats: one that happens to contain its own is exact.)
 
+With ``--activations`` the inputs of products are rounded, too, but for those of the exact model.
+
     python tools/quality.py smollm2.gguf --file Q4_K_M=smollm2.Q4_K_M.gguf
 """
 
@@ -37,6 +39,7 @@ from npllama.checkpoint.store import Store
 from npllama.checkpoint.tensor import Checkpoint, TensorRef
 from npllama.dtypes import PACKINGS, Array, Tensor, narrow, widen
 from npllama.engine import Model
+from npllama.rounding import ACTIVATIONS
 
 TEXT = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "alice.txt"
 _WINDOW = 512
@@ -193,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="the model, in the best numbers that there are")
     parser.add_argument("--text", type=Path, default=TEXT, help="text to predict (default: %(default)s)")
     parser.add_argument("--file", action="append", default=[], metavar="NAME=GGUF", help="one more format, as a file")
+    parser.add_argument("--activations", choices=ACTIVATIONS, default="float32", help="what inputs are rounded to")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON, too")
     options = parser.parse_args(arguments)
     checkpoint = open_checkpoint(options.checkpoint)
@@ -203,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokens = exact.tokenizer.encode(options.text.read_text(encoding="utf-8"))
         files = dict(pair.split("=", 1) for pair in options.file)
         for name, bits, sqnr, store in candidates(checkpoint, Path(folder), files):
-            row = measure(name, bits, sqnr, exact, npllama.load(store), tokens)
+            row = measure(name, bits, sqnr, exact, npllama.load(store, activations=options.activations), tokens)
             rows.append(row)
             shown = "" if sqnr is None else f"{sqnr:9.1f}"
             print(
