@@ -43,7 +43,7 @@ def load(
         Compiled kernels; the textbook in float32, without Numba; or the textbook in float64, the truth.
     threads : int, optional
         Threads that the kernels, or without them BLAS, may use; by default one for each core of this process.
-    kernels : {"amx", "avx512", "portable"}, optional
+    kernels : {"amx", "avx512bf16", "avx512", "portable"}, optional
         Instructions that the fast backend may use; by default the best that the processor has.
     activations : {"float32", "bfloat16", "int8"}
         What the input of every product with weights is rounded to, see `npllama.rounding`. float32 is exact. bfloat16,

@@ -59,7 +59,8 @@ class Limits:
         For the worst token: is there one that is wrong? A single token's rounding is a matter of luck: where one close
         score decides over a row, an honest error exceeds another honest error a hundred times now and then.
     typical : Thresholds
-        For the median token, of `FEW` or more: are most of them wrong? Luck evens out, so these are much closer.
+        For the median token, of `FEW` or more: are most of them wrong? Luck evens out, so these are closer. It does
+        not where all tokens look at the same one, as trained models let them: the error of its key is everybody's.
     """
 
     token: Thresholds
@@ -77,9 +78,10 @@ _GRAVE_FIRST: tuple[Verdict, ...] = ("differs", "cannot tell", "match")
 # engines reached, measured, 150 at the worst token and 1.7 at a typical one in float32, 13 and 1.0 in bfloat16;
 # estimated, 46 and 5.5 in float32, 364 and 15 in bfloat16. Mistakes begin at 3e7 in float32; the smallest ones are
 # below the rounding of bfloat16. A 16-bit run is rounded anew at every tap, which leaves less to luck. So is one in
-# int8 at every product: in SmolLM2 the ratios were 40 and 2.3, in a hundred random models 3.5 and 1.1.
+# int8 at every product: in SmolLM2 the ratios were 40 and 2.3, in a hundred random models 3.5 and 1.1. In float32,
+# SmolLM2 reached 17 at a typical token of one layer's attention, with another BLAS than the reference's.
 _MEASURED_16 = Limits(token=Thresholds(100.0, 1000.0), typical=Thresholds(5.0, 30.0))
-_MEASURED_32 = Limits(token=Thresholds(1000.0, 10_000.0), typical=Thresholds(10.0, 100.0))
+_MEASURED_32 = Limits(token=Thresholds(1000.0, 10_000.0), typical=Thresholds(50.0, 500.0))
 _ESTIMATED = Limits(token=Thresholds(300.0, 30_000.0), typical=Thresholds(30.0, 1000.0))
 
 

@@ -18,6 +18,7 @@ from npllama.errors import ParameterError, UnsupportedError
 #: Path -> the processor features that it needs, under LLVM's names; the best one first.
 PATHS: dict[str, frozenset[str]] = {
     "amx": frozenset({"amx-tile", "amx-bf16", "amx-int8", "avx512f", "avx512bw", "avx512vnni", "avx512bf16"}),
+    "avx512bf16": frozenset({"avx512f", "avx512bw", "avx512vnni", "avx512bf16"}),
     "avx512": frozenset({"avx512f", "avx512bw", "avx512vnni"}),
     "portable": frozenset(),
 }

@@ -12,7 +12,7 @@ from npllama.kernels.jit import compiled
 from npllama.kernels.memory import address
 
 #: Storage type -> its number in compiled functions.
-FORMS = {"bfloat16": 0, "int8": 1, "int4": 2}
+FORMS = {"bfloat16": 0, "int8": 1, "int4": 2, "float32": 3}
 #: Columns of a table of jobs, a line for each matrix: addresses of the stored numbers, of scales and minima (or of the
 #: numbers again) and of the output; M, and the number of the first block.
 DATA, SCALES, MINIMA, OUTPUT, ROWS, FIRST = range(6)

@@ -1,17 +1,28 @@
 """What a unit of rows multiplies: a part of a matrix, whatever it is stored as, times what enters the matrix.
 
-The matrices of a layer may be stored differently from one another. What enters them is taken apart for each storage
-type that asks for it. See `npllama.kernels.layer_units`.
+The matrices of a layer may be stored differently from one another. What enters them is prepared for each storage type
+that asks for it. There are four ways to multiply, of which a model on a processor uses one or two:
+
+=============  ==============================  ================================================================
+``tiles``      bfloat16                        in the matrix unit, see `npllama.kernels.tiles`
+``vectors``    bfloat16                        in vector registers, see `npllama.kernels.vector_rows`
+``digits``     int8, int4                      by three digits, see `npllama.kernels.quantised_rows`
+``integers``   int8, int4, tokens in int8      by one, see `npllama.kernels.byte_rows`
+=============  ==============================  ================================================================
+
+The ways are a tuple, in this order, of an array (only that it is one matters) for those that are used, and None for the
+others: what is for these is not compiled. Numba leaves a branch out whose condition asks whether an argument of the
+function is None, and asks for nothing else; so each way becomes an argument.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from npllama.dtypes import GROUP, Array
-from npllama.kernels import simd
+from npllama.kernels import byte_rows, simd, vector_rows
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.memory import aligned
@@ -19,13 +30,16 @@ from npllama.kernels.quantised_rows import Rows, multiply_rows, rows_at, take_ap
 from npllama.kernels.rounded import round_bits
 from npllama.kernels.tiles import _BLOCK, _PARTS, _SQUARE, _STEP, _deliver, _multiply_block, _pack_panel, _split
 
-_BFLOAT16, _INT8, _INT4 = FORMS.values()
+_BFLOAT16, _INT8, _INT4, _ = FORMS.values()
 #: Columns of a table of layers: for each of its seven matrices the address of the data, those of scales and minima (or
 #: that of the data again), and the number of the storage type.
 _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
+_LANES = 16
+#: Rows that are fetched before their turn.
+_AHEAD = 8
 
 
 class Part(NamedTuple):
@@ -37,21 +51,24 @@ class Part(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A thread's own: what rows are multiplied by, for each storage type.
+    """A thread's own: what rows are multiplied by, for each way.
 
     Attributes
     ----------
     panel : ndarray, uint16
-        For bfloat16, see `npllama.kernels.tiles`.
+        Tiles.
+    lines : ndarray, float32
+        Vectors.
     tokens : ndarray of shape (2, bytes), int8
-        For int8 and int4, see `npllama.kernels.quantised_rows`.
+        Digits or integers, for int8 and int4.
     scratch : ndarray, float32
-        Room for four tiles.
+        Room for four tiles, or the sums of a block in vectors.
     rounded : ndarray, float32
-        Room for an input that is rounded to bfloat16 before it is taken apart; empty where none is.
+        Room for an input that is rounded to bfloat16 before it is prepared; empty where none is.
     """
 
     panel: Array
+    lines: Array
     tokens: Array
     scratch: Array
     rounded: Array
@@ -60,12 +77,15 @@ class Inputs(NamedTuple):
 @compiled()
 def inputs_room(n_new: int, widest: int, like: Array, rounds: bool) -> Inputs:
     """Return room for inputs (T, N) of up to so many numbers a row."""
-    groups = (widest + GROUP - 1) // GROUP
+    groups, count = (widest + GROUP - 1) // GROUP, vector_rows.tokens_of(n_new)
     size = max(token_bytes(groups, False), token_bytes(groups, True))
+    size = max(size, byte_rows.tokens_bytes(groups, count))
+    lines = aligned((widest + _LANES - 1) // _LANES * count * _LANES, like)
     return Inputs(
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
+        lines,
         aligned(2 * size, np.empty(0, np.int8)).reshape(2, size),
-        aligned(4 * _SQUARE, like),
+        aligned(max(4 * _SQUARE, vector_rows.scratch_size(count)), like),
         np.empty(n_new * widest if rounds else 0, np.float32),
     )
 
@@ -106,48 +126,128 @@ def fetch(part: Part) -> None:
 
 
 @compiled()
-def take_input_apart(
-    x: Array, layer: Array, first: int, stop: int, inputs: Inputs, floats: Array | None, integers: Array | None
-) -> None:
-    """Take apart what enters the matrices of a layer from ``first`` to before ``stop``: x (T, N).
+def begin(shapes: Array, tiles: Array | None) -> None:
+    """Get a thread ready."""
+    if tiles is not None:
+        simd.tile_configure(shapes)
 
-    ``floats`` and ``integers`` are None for a model without matrices in bfloat16, or in int8 or int4: what is for these
-    is not compiled then. Numba leaves a branch out whose condition asks for None, and asks for nothing else. Integers
-    are multiplied with one token.
+
+@compiled()
+def end(tiles: Array | None) -> None:
+    """Undo what `begin` did."""
+    if tiles is not None:
+        simd.tile_release()
+
+
+@compiled()
+def prepare(x: Array, layer: Array, first: int, stop: int, inputs: Inputs, ways: Any) -> None:
+    """Prepare what enters the matrices of a layer from ``first`` to before ``stop``: x (T, N).
+
+    By three digits it is one token.
     """
+    _prepare(x, layer, first, stop, inputs, ways[0], ways[1], ways[2], ways[3])
+
+
+@compiled()
+def _prepare(
+    x: Array,
+    layer: Array,
+    first: int,
+    stop: int,
+    inputs: Inputs,
+    tiles: Array | None,
+    vectors: Array | None,
+    digits: Array | None,
+    integers: Array | None,
+) -> None:
     if inputs.rounded.size > 0:
         round_bits(x.reshape(-1).view(np.uint32), inputs.rounded.view(np.uint32))
         x = inputs.rounded[: x.size].reshape(x.shape)
+    groups = (x.shape[1] + GROUP - 1) // GROUP
     for form in range(3):
         is_wanted = False
         for matrix in range(first, stop):
             is_wanted |= layer[_FORM + matrix] == form
-        if floats is not None:  # noqa: SIM102
+        if tiles is not None:  # noqa: SIM102
             if is_wanted and form == _BFLOAT16:
                 _pack_floats(x, inputs.panel)
+        if vectors is not None:  # noqa: SIM102
+            if is_wanted and form == _BFLOAT16:
+                vector_rows.line_up(x, _lines_of(inputs, x.shape[0], x.shape[1]))
+        if digits is not None:  # noqa: SIM102
+            if is_wanted and form != _BFLOAT16:
+                take_apart(x[0], form == _INT4, inputs.tokens[form - 1, : token_bytes(groups, form == _INT4)])
         if integers is not None:  # noqa: SIM102
             if is_wanted and form != _BFLOAT16:
-                size = token_bytes((x.shape[1] + GROUP - 1) // GROUP, form == _INT4)
-                take_apart(x[0], form == _INT4, inputs.tokens[form - 1, :size])
+                size = byte_rows.tokens_bytes(groups, vector_rows.tokens_of(x.shape[0]))
+                byte_rows.round_tokens(x, form == _INT4, inputs.tokens[form - 1, :size])
 
 
 @compiled()
-def multiply_part(
-    n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, floats: Array | None, integers: Array | None
-) -> None:
-    """Fill a block (T, rows), flat, with the input times a part; fetch another one meanwhile.
+def multiply_part(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, ways: Any) -> None:
+    """Fill a block (T, rows), flat, with the input times a part; fetch another one meanwhile."""
+    _multiply_part(n_new, part, ahead, inputs, block, ways[0], ways[1], ways[2], ways[3])
 
-    See `take_input_apart` for ``floats`` and ``integers``.
-    """
-    if floats is not None:  # noqa: SIM102
+
+@compiled()
+def _multiply_part(
+    n_new: int,
+    part: Part,
+    ahead: Part,
+    inputs: Inputs,
+    block: Array,
+    tiles: Array | None,
+    vectors: Array | None,
+    digits: Array | None,
+    integers: Array | None,
+) -> None:
+    groups, is_int4 = (part.width + GROUP - 1) // GROUP, part.form == _INT4
+    following = ahead.rows if ahead.width else part.rows
+    if tiles is not None:  # noqa: SIM102
         if part.form == _BFLOAT16:
             _multiply_tiles(part, n_new, inputs, block, ahead)
+    if vectors is not None:  # noqa: SIM102
+        if part.form == _BFLOAT16:
+            _multiply_vectors(part, n_new, inputs, block, ahead)
+    if digits is not None:  # noqa: SIM102
+        if part.form != _BFLOAT16:
+            token = token_at(np.int64(inputs.tokens[part.form - 1].ctypes.data), groups, is_int4)
+            multiply_rows(part.rows, np.int64(ROWS), groups, is_int4, token, following, np.int64(block.ctypes.data))
     if integers is not None:  # noqa: SIM102
         if part.form != _BFLOAT16:
-            groups, is_int4 = (part.width + GROUP - 1) // GROUP, part.form == _INT4
-            token = token_at(np.int64(inputs.tokens[part.form - 1].ctypes.data), groups, is_int4)
-            following = ahead.rows if ahead.width else part.rows
-            multiply_rows(part.rows, np.int64(ROWS), groups, is_int4, token, following, np.int64(block.ctypes.data))
+            count = vector_rows.tokens_of(n_new)
+            tokens = byte_rows.tokens_at(np.int64(inputs.tokens[part.form - 1].ctypes.data), groups, count)
+            products = np.int64(inputs.scratch.ctypes.data)
+            byte_rows.multiply_rows(part.rows, np.int64(ROWS), groups, is_int4, tokens, count, following, products)
+            _turn(inputs.scratch, count, n_new, block, 0, ROWS)
+
+
+@compiled(inline=True)
+def _lines_of(inputs: Inputs, n_new: int, width: int) -> Array:
+    """Return the room of tokens for `npllama.kernels.vector_rows`: (steps, tokens, 16)."""
+    count, steps = vector_rows.tokens_of(n_new), (width + _LANES - 1) // _LANES
+    lines: Array = inputs.lines[: steps * count * _LANES].reshape(steps, count, _LANES)
+    return lines
+
+
+@compiled()
+def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahead: Part) -> None:
+    """Do what `multiply_part` does, for bfloat16 in vectors: as blocks of 16 rows."""
+    lines, half = _lines_of(inputs, n_new, part.width), ROWS // 2
+    row = 2 * part.width
+    for first in range(0, ROWS, half):
+        rows = part.rows.data + row * first
+        coming, size = (ahead.rows.data, _row_bytes(ahead)) if first else (rows + half * row, row)
+        vector_rows.multiply_block(rows, part.width, np.int64(2), lines, coming, _AHEAD * size, inputs.scratch)
+        _turn(inputs.scratch, lines.shape[1], n_new, block, first, half)
+
+
+@compiled(inline=True)
+def _turn(products: Array, count: int, n_new: int, block: Array, first: int, n_rows: int) -> None:
+    """Write products of some rows, those of a row with ``count`` tokens one after the other, to rows of a block."""
+    for t in range(n_new):
+        for r in range(n_rows):
+            block[t * ROWS + first + r] = products[r * count + t]
 
 
 @compiled()
@@ -174,3 +274,19 @@ def _multiply_tiles(part: Part, n_new: int, inputs: Inputs, block: Array, ahead:
     rows_ahead = min(ROWS, (ROWS * _row_bytes(ahead) + 2 * width - 1) // (2 * width))
     _multiply_block(part.rows.data, width, inputs.panel, n_new, ahead.rows.data, rows_ahead, scratch)
     _deliver(scratch, np.int64(block.ctypes.data), 4 * ROWS, n_new)
+
+
+@compiled()
+def add_residual(block: Array, x: Array, row: int) -> None:
+    """Add columns of x (T, M) from ``row`` on to a block (T, rows)."""
+    for at in range(0, block.shape[0], 16):
+        place = at // ROWS * x.shape[1] + row + at % ROWS
+        simd.store(block, at, simd.add(simd.load(x, place), simd.load(block, at)))
+
+
+@compiled()
+def copy_block(block: Array, y: Array, row: int, skipped: int) -> None:
+    """Write a block (T, rows) to columns of y (T, M) from ``row`` on, without the first few."""
+    for t in range(y.shape[0]):
+        for i in range(skipped, ROWS):
+            y[t, row + i] = block[t * ROWS + i]

@@ -19,12 +19,16 @@ from npllama.kernels.layer_rows import (
     ROWS,
     Inputs,
     Part,
+    add_residual,
+    begin,
+    copy_block,
+    end,
     fetch,
     inputs_room,
     multiply_part,
     no_part,
     part_of,
-    take_input_apart,
+    prepare,
 )
 from npllama.kernels.norm import _rms_norm
 from npllama.kernels.rope import _apply_rope
@@ -149,8 +153,7 @@ def run_units(
     shapes: Array,
     starts: Array,
     like: Array,
-    floats: Array | None,
-    integers: Array | None,
+    ways: Any,
     work: int,
     n_threads: int,
 ) -> None:
@@ -159,7 +162,22 @@ def run_units(
     ``work`` is the address of `take_units`.
     """
     for _ in prange(n_threads):
-        call_at(work, (plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, floats, integers))
+        call_at(
+            work,
+            (
+                plan,
+                shared,
+                layers,
+                windows,
+                sequences,
+                cos,
+                sin,
+                shapes,
+                starts,
+                like,
+                ways,
+            ),
+        )
 
 
 @compiled()
@@ -174,14 +192,13 @@ def take_units(
     shapes: Array,
     starts: Array,
     like: Array,
-    floats: Array | None,
-    integers: Array | None,
+    ways: Any,
 ) -> None:
     """Take units until there are none left."""
     own = _own(plan, sequences, like)
     pieces = np.empty((0, 8), np.int64)
     tile = _queries_of_a_tile(plan)
-    simd.tile_configure(shapes)
+    begin(shapes, ways[0])
     wide: Any = np.bool_(True)  # vector registers by name; for a literal Numba would compile attention once more
     entered, phase, later = -1, 0, 0
     unit = fetch_add(shared.counters, 0, 1)
@@ -211,7 +228,7 @@ def take_units(
                         shared.totals,
                         shared.context,
                     )
-                _enter_product(plan, shared, own, layer, kind, like, floats, integers)
+                _enter_product(plan, shared, own, layer, kind, like, ways)
         if kind == _ATTEND:
             line = pieces[unit - starts[phase]]
             _append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like)
@@ -230,10 +247,21 @@ def take_units(
                 shared.context,
             )
         else:
-            _rows(plan, shared, own, layer, kind, unit - starts[phase], ahead, ahead_too, like, floats, integers)
+            _rows(
+                plan,
+                shared,
+                own,
+                layer,
+                kind,
+                unit - starts[phase],
+                ahead,
+                ahead_too,
+                like,
+                ways,
+            )
         fetch_add(shared.counters, APART * (phase + 1), 1)
         unit = following
-    simd.tile_release()
+    end(ways[0])
 
 
 @compiled()
@@ -320,22 +348,21 @@ def _enter_product(
     layer: Array,
     kind: int,
     like: Array,
-    floats: Array | None,
-    integers: Array | None,
+    ways: Any,
 ) -> None:
     """Take apart what the rows of a phase are multiplied by."""
     inputs = own.inputs
     if kind == _QKV:
         _rms_norm(shared.x, _vector(layer[_ATTENTION_NORM], plan.dim, like), plan.eps, own.normed)
-        take_input_apart(own.normed, layer, np.int64(_WQ), np.int64(_WO), inputs, floats, integers)
+        prepare(own.normed, layer, np.int64(_WQ), np.int64(_WO), inputs, ways)
     elif kind == _OUT:
         context = shared.context.reshape(plan.n_new, plan.n_heads * plan.head_dim)
-        take_input_apart(context, layer, np.int64(_WO), np.int64(_W1), inputs, floats, integers)
+        prepare(context, layer, np.int64(_WO), np.int64(_W1), inputs, ways)
     elif kind == _GATE_UP:
         _rms_norm(shared.mid, _vector(layer[_FFN_NORM], plan.dim, like), plan.eps, own.normed)
-        take_input_apart(own.normed, layer, np.int64(_W1), np.int64(_W2), inputs, floats, integers)
+        prepare(own.normed, layer, np.int64(_W1), np.int64(_W2), inputs, ways)
     else:
-        take_input_apart(shared.act, layer, np.int64(_W2), np.int64(_W2 + 1), inputs, floats, integers)
+        prepare(shared.act, layer, np.int64(_W2), np.int64(_W2 + 1), inputs, ways)
 
 
 @compiled(inline=True)
@@ -354,26 +381,25 @@ def _rows(
     ahead: Part,
     ahead_too: Part,
     like: Array,
-    floats: Array | None,
-    integers: Array | None,
+    ways: Any,
 ) -> None:
     """Do a unit of rows, and fetch two parts for the next one."""
     matrix, n, row, skipped = _place(plan, kind, block)
-    multiply_part(plan.n_new, part_of(layer, matrix, row, n), ahead, own.inputs, own.block, floats, integers)
+    multiply_part(plan.n_new, part_of(layer, matrix, row, n), ahead, own.inputs, own.block, ways)
     _add_bias(own.block, layer[_BIAS + matrix] + 4 * row, like)
     if kind == _QKV:
-        _copy(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
+        copy_block(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
     elif kind == _GATE_UP:
-        multiply_part(plan.n_new, part_of(layer, _W3, row, n), ahead_too, own.inputs, own.second, floats, integers)
+        multiply_part(plan.n_new, part_of(layer, _W3, row, n), ahead_too, own.inputs, own.second, ways)
         _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
         _glu(own.block, own.second, own.block, plan.activation)
-        _copy(own.block, shared.act, row, skipped)
+        copy_block(own.block, shared.act, row, skipped)
     elif kind == _OUT:
-        _add_residual(own.block, shared.x, row)
-        _copy(own.block, shared.mid, row, skipped)
+        add_residual(own.block, shared.x, row)
+        copy_block(own.block, shared.mid, row, skipped)
     else:
-        _add_residual(own.block, shared.mid, row)
-        _copy(own.block, shared.x, row, skipped)
+        add_residual(own.block, shared.mid, row)
+        copy_block(own.block, shared.x, row, skipped)
 
 
 @compiled()
@@ -381,21 +407,6 @@ def _add_bias(block: Array, bias: int, like: Array) -> None:
     numbers = _vector(bias, ROWS, like)
     for at in range(0, block.shape[0], 16):
         simd.store(block, at, simd.add(simd.load(block, at), simd.load(numbers, at % ROWS)))
-
-
-@compiled()
-def _add_residual(block: Array, x: Array, row: int) -> None:
-    for at in range(0, block.shape[0], 16):
-        place = at // ROWS * x.shape[1] + row + at % ROWS
-        simd.store(block, at, simd.add(simd.load(x, place), simd.load(block, at)))
-
-
-@compiled()
-def _copy(block: Array, y: Array, row: int, skipped: int) -> None:
-    """Write a block (T, rows) to columns of y (T, M) from ``row`` on, without the first few."""
-    for t in range(y.shape[0]):
-        for i in range(skipped, ROWS):
-            y[t, row + i] = block[t * ROWS + i]
 
 
 @compiled()

@@ -83,6 +83,31 @@ def splat(builder: Any, value: Any, lanes: int = 16) -> Any:
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes))
 
 
+def lanes_added(builder: Any, vector: Any) -> Any:
+    """Return the sum of sixteen float32 lanes, in pairs of halves."""
+    for half in (8, 4, 2, 1):
+        low, high = (ir.Constant(ir.VectorType(WORD, half), [*range(at, at + half)]) for at in (0, half))
+        parts = (builder.shuffle_vector(vector, vector, lanes) for lanes in (low, high))
+        vector = builder.fadd(*parts)
+    return builder.extract_element(vector, ir.Constant(WORD, 0))
+
+
+def upper_half(builder: Any, vector: Any) -> Any:
+    """Return sixteen float32 as the nearest bfloat16 (16 bits each), ties to even; a NaN stays one.
+
+    Half of what is cut off is added before, less one bit where the result would otherwise be odd.
+    """
+
+    def constant(value: int) -> Any:
+        return ir.Constant(INT_VECTOR, [value] * 16)
+
+    bits = builder.bitcast(vector, INT_VECTOR)
+    half = builder.add(builder.and_(builder.lshr(bits, constant(16)), constant(1)), constant(0x7FFF))
+    nan = builder.or_(bits, constant(0x400000))
+    kept = builder.select(builder.fcmp_unordered("uno", vector, vector), nan, builder.add(bits, half))
+    return builder.trunc(builder.lshr(kept, constant(16)), ir.VectorType(ir.IntType(16), 16))
+
+
 def loaded(context: Any, builder: Any, signature: Any, arguments: Any, kind: Any) -> Any:
     """Load an LLVM vector from the array and index that are the first two arguments."""
     pointer = address(context, builder, signature.args[0], *arguments[:2])

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import TypeAlias
 
 from npllama.dtypes import Array, Tensor
-from npllama.kernels import amx, portable, quantised, quantised_dots, quantised_tiles
+from npllama.kernels import amx, portable, quantised, quantised_tiles, vectors
 from npllama.kernels.features import choose, host_features, ladder
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import ROUNDINGS
@@ -19,19 +19,25 @@ Product: TypeAlias = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
 
 _QUANTISED: dict[str, Product] = {
     "amx": quantised_tiles.multiply,
-    "avx512": quantised_dots.multiply,
+    "avx512": vectors.multiply,
     "portable": quantised.multiply,
 }
 #: Storage type of the weights -> path of `npllama.kernels.features` -> product.
 PRODUCTS: dict[str, dict[str, Product]] = {
-    "float32": {"portable": portable.multiply},
-    "bfloat16": {"amx": amx.multiply_bfloat16, "portable": portable.multiply},
+    "float32": {"avx512": vectors.multiply, "portable": portable.multiply},
+    "bfloat16": {"amx": amx.multiply_bfloat16, "avx512": vectors.multiply, "portable": portable.multiply},
     "int8": _QUANTISED,
     "int4": _QUANTISED,
 }
 #: What inputs are rounded to -> path -> storage type -> product that gains by it. The others round the input first.
 ROUNDED: dict[str, dict[str, dict[str, Product]]] = {
-    "bfloat16": {"amx": dict.fromkeys(("bfloat16", "int8", "int4"), amx.multiply_rounded)},
+    "bfloat16": {
+        "amx": dict.fromkeys(("bfloat16", "int8", "int4"), amx.multiply_rounded),
+        "avx512bf16": dict.fromkeys(("bfloat16", "int8", "int4"), vectors.multiply_rounded),
+    },
+    "int8": {
+        "avx512": dict.fromkeys(("int8", "int4"), vectors.multiply_bytes),
+    },
 }
 
 
@@ -90,7 +96,8 @@ def products(forced: str | None = None, activations: str = "float32") -> Product
     steps = ladder(path)
     by_dtype = {dtype: next(by_path[step] for step in steps if step in by_path) for dtype, by_path in PRODUCTS.items()}
     if activations in ROUNDINGS:
-        faster = ROUNDED.get(activations, {}).get(path, {})
+        by_path = ROUNDED.get(activations, {})
+        faster = next((by_path[step] for step in steps if step in by_path), {})
         by_dtype = {dtype: faster.get(dtype) or _rounding(product, activations) for dtype, product in by_dtype.items()}
     return Products(path, by_dtype)
 

@@ -20,6 +20,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.simd import add, add_lanes, broadcast, fused_multiply_add
+from npllama.kernels.simd_sums import first_sums, no_sums, outer_bytes, outer_pairs, store_sums
 from npllama.kernels.tiles import tile_shapes
 
 _Clock: TypeAlias = Callable[[], float]
@@ -27,9 +28,11 @@ _Clock: TypeAlias = Callable[[], float]
 _LANES = 16
 _CHAINS = 8  # a multiply-add takes 4 cycles and two units start one in each: so many are under way at once
 _ROUNDS = 1 << 20  # some milliseconds
+_AHEAD = 4096  # numbers, four pages
 _TILE_ROUNDS = 1 << 17  # some milliseconds, too
 _PRODUCTS = 4
 _TILE_ROWS, _TILE_BYTES = 16, 64
+_LINE_BYTES, _SUMS_OF_WORDS = 64, 16
 #: What a tile holds numbers of -> what it sums in.
 _SUMS: dict[str, type] = {"uint16": np.float32, "int8": np.int32}
 
@@ -69,6 +72,23 @@ def tile_rate(numbers: str, clock: _Clock = time.perf_counter) -> float:
     begin = clock()
     _tile_dots(tile, _TILE_ROUNDS, tile_shapes(*[_TILE_BYTES] * 8), sums)
     return 2 * sums.size * tile.shape[1] * _TILE_ROUNDS / (clock() - begin)
+
+
+def word_rate(numbers: str, clock: _Clock = time.perf_counter) -> float:
+    """Operations per second of products of several numbers a word in vector registers, all threads together.
+
+    Parameters
+    ----------
+    numbers : {"uint16", "int8"}
+        What words hold: two bfloat16 bit patterns, or four bytes.
+    clock : callable
+        Returns seconds.
+    """
+    line, in_a_word = np.zeros(_LINE_BYTES, np.uint8), 2 if numbers == "uint16" else 4
+    sums: Array = np.empty((numba.get_num_threads(), _SUMS_OF_WORDS, _LANES), np.float32)
+    begin = clock()
+    _outer_products(line, _ROUNDS, in_a_word // 2, sums)
+    return 2 * sums.size * in_a_word * _ROUNDS / (clock() - begin)
 
 
 def product_rate(
@@ -112,6 +132,8 @@ class Arithmetic:
 
 _VECTORS = Arithmetic("vector registers", multiply_add_rate)
 _THREE_DIGITS = Arithmetic("the matrix unit, three digits", partial(tile_rate, "int8"), 3)
+_PAIRS = Arithmetic("vector registers, pairs of bfloat16", partial(word_rate, "uint16"))
+_FOURS = dict.fromkeys(("int8", "int4"), Arithmetic("vector registers, four bytes a word", partial(word_rate, "int8")))
 #: Path of the kernels, what activations are rounded to, storage type of the weights -> what computes more than 16
 #: tokens' products where that is not multiply-adds of float32 vectors. See `npllama.kernels.matmul` for what it is.
 _UNITS: dict[tuple[str, str], dict[str, Arithmetic]] = {
@@ -123,6 +145,8 @@ _UNITS: dict[tuple[str, str], dict[str, Arithmetic]] = {
     ("amx", "bfloat16"): dict.fromkeys(
         ("bfloat16", "int8", "int4"), Arithmetic("the matrix unit, one part", partial(tile_rate, "uint16"))
     ),
+    ("avx512bf16", "bfloat16"): dict.fromkeys(("bfloat16", "int8", "int4"), _PAIRS),
+    **{(path, "int8"): _FOURS for path in ("amx", "avx512bf16", "avx512")},
 }
 
 
@@ -146,10 +170,28 @@ def _stream(numbers: Array, sums: Array) -> None:
     """Fill sums, one for each thread, with the sums of as many equal parts of ``numbers`` (N,)."""
     part = numbers.shape[0] // sums.shape[0]
     for i in prange(sums.shape[0]):
-        total = np.float32(0)
-        for j in range(i * part, (i + 1) * part):
-            total += numbers[j]
-        sums[i] = total
+        sums[i] = _read(numbers, i * part, (i + 1) * part)
+
+
+@compiled()
+def _read(numbers: Array, start: int, stop: int) -> Any:
+    """Return the sum of numbers; those that come some pages later are asked for meanwhile.
+
+    By itself a processor looks no further than a page. What waits for nothing but memory reads half as fast then.
+    """
+    a = b = c = d = broadcast(np.float32(0))
+    whole = start + (stop - start) // (4 * _LANES) * 4 * _LANES
+    for j in range(start, whole, 4 * _LANES):
+        simd.prefetch(numbers, j + _AHEAD)
+        simd.prefetch(numbers, j + _AHEAD + 16)
+        simd.prefetch(numbers, j + _AHEAD + 32)
+        simd.prefetch(numbers, j + _AHEAD + 48)
+        a, b = add(a, simd.load(numbers, j)), add(b, simd.load(numbers, j + 16))
+        c, d = add(c, simd.load(numbers, j + 32)), add(d, simd.load(numbers, j + 48))
+    total = add_lanes(add(add(a, b), add(c, d)))
+    for j in range(whole, stop):
+        total += numbers[j]
+    return total
 
 
 @compiled(parallel=True)
@@ -221,3 +263,32 @@ def _add_dots_of_bytes(rounds: int) -> None:
         simd.tile_dot_int8(1, 5, 6)
         simd.tile_dot_int8(2, 4, 7)
         simd.tile_dot_int8(3, 5, 7)
+
+
+@compiled(parallel=True)
+def _outer_products(line: Array, rounds: int, kind: int, sums: Array) -> None:
+    """Fill sums (threads, 16, 16) with so many products of a line with each of its own words, added up.
+
+    A line is 64 bytes; kind 1 multiplies pairs of bfloat16, kind 2 bytes. See `npllama.kernels.vector_blocks`.
+    """
+    for i in prange(sums.shape[0]):
+        if kind == 1:
+            _add_pairs(np.int64(line.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
+        else:
+            _add_bytes(np.int64(line.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
+
+
+@compiled()
+def _add_pairs(line: int, rounds: int, sums: int) -> None:
+    tile = no_sums(_SUMS_OF_WORDS)
+    for _ in range(rounds):
+        tile = outer_pairs(tile, line, line)
+    store_sums(sums, tile)
+
+
+@compiled()
+def _add_bytes(line: int, rounds: int, sums: int) -> None:
+    tile = first_sums(line, _SUMS_OF_WORDS)
+    for _ in range(rounds):
+        tile = outer_bytes(tile, line, line)
+    store_sums(sums, tile)

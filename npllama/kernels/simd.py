@@ -27,6 +27,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from npllama.kernels.features import host_features
 from npllama.kernels.llvm import (
     BFLOAT_VECTOR,
     BYTE,
@@ -42,8 +43,10 @@ from npllama.kernels.llvm import (
     address,
     call,
     intrinsic,
+    lanes_added,
     loaded,
     splat,
+    upper_half,
 )
 
 # --- vectors: memory --------------------------------------------------------------------------------------------
@@ -259,14 +262,16 @@ def power_of_two(context: Any, vector: Any) -> Any:
 def to_bfloat16(context: Any, low: Any, high: Any) -> Any:
     """``to_bfloat16(low, high)``: 32 float32 as the nearest bfloat16 (uint16), ties to even. VCVTNE2PS2BF16.
 
-    Numbers below 2**-126 count as zero.
+    Numbers below 2**-126 may count as zero: a processor without the instruction keeps them.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         low, high = arguments
-        return builder.bitcast(
-            call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOAT_VECTOR, high, low), SHORT_VECTOR
-        )
+        if "avx512bf16" in host_features():
+            rounded = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOAT_VECTOR, high, low)
+            return builder.bitcast(rounded, SHORT_VECTOR)
+        halves = (upper_half(builder, vector) for vector in arguments)
+        return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(WORD, 32), [*range(32)]))
 
     return Vector(types.uint16)(FLOATS, FLOATS), code
 
@@ -306,11 +311,7 @@ def add_lanes(context: Any, vector: Any) -> Any:
     """``add_lanes(vector)``: sum of sixteen float32, in pairs of halves."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total = arguments[0]
-        for half in (8, 4, 2, 1):
-            low, high = (ir.Constant(ir.VectorType(WORD, half), [*range(at, at + half)]) for at in (0, half))
-            total = builder.fadd(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
-        return builder.extract_element(total, ir.Constant(WORD, 0))
+        return lanes_added(builder, arguments[0])
 
     return types.float32(FLOATS), code
 

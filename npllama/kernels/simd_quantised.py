@@ -57,6 +57,16 @@ def load_first_bfloat16(context: Any, array: Any, index: Any, count: Any) -> Any
 
 
 @intrinsic
+def load_one_byte(context: Any, array: Any, index: Any) -> Any:
+    """``load_one_byte(array, index)``: one byte as uint8. MOVZX."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return loaded(context, builder, signature, arguments, BYTE)
+
+    return types.uint8(array, types.int64), code
+
+
+@intrinsic
 def load_integers(context: Any, array: Any, index: Any) -> Any:
     """``load_integers(array, index)``: 64 bytes as sixteen int32, whatever the array's dtype. VMOVDQU."""
 

@@ -23,13 +23,14 @@ is one sum in one order, whoever computes it.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from npllama.dtypes import Array
+from npllama.dtypes import PACKINGS, Array
 from npllama.kernels.activation import _KINDS
 from npllama.kernels.attend import _TILE, _UNLIMITED
 from npllama.kernels.by_address import address_of
@@ -40,11 +41,14 @@ from npllama.kernels.layer_units import APART, MATRICES, NORMS, Plan, Shared, co
 from npllama.kernels.memory import aligned
 from npllama.kernels.tiles import _STEP, _shapes
 from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
+from npllama.kernels.vector_rows import FEW
 
-#: Bytes of a row of D numbers from which on going layer by layer is faster, by 10 % where D is 2048; where D is 576 it
-#: is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
+#: Bytes of a row of D numbers from which on going layer by layer is faster in tiles, by 10 % where D is 2048; where D
+#: is 576 it is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
 _WIDE = 4096
 _NUMBERS = np.empty(0, np.float32)  # only its dtype matters: that of keys, values and vectors
+#: Ways to multiply (`npllama.kernels.layer_rows`), in the order of the arguments of kernels -> the tokens of a pass.
+_WAYS = {"tiles": _TILE_OF_TOKENS, "vectors": FEW, "digits": 1, "integers": FEW}
 
 
 class ThroughLayers:
@@ -55,11 +59,13 @@ class ThroughLayers:
     weights : Weights
         Those of a model that `through_layers` knows.
     config : ModelConfig
+    ways : set of str
+        How its matrices are multiplied: see `npllama.kernels.layer_rows`.
     rounds : bool
         The inputs of products are rounded to bfloat16.
     """
 
-    def __init__(self, weights: Any, config: Any, *, rounds: bool = False) -> None:
+    def __init__(self, weights: Any, config: Any, ways: Collection[str], *, rounds: bool = False) -> None:
         self._config = config
         self._rounds = rounds
         widest = max(config.dim, config.hidden_dim, config.n_heads * config.head_dim)
@@ -68,11 +74,8 @@ class ThroughLayers:
         self._vectors: list[Array] = []  # whatever the table points to must live
         self._weights = weights
         self._layers = np.array([self._addresses(layer) for layer in weights.layers], np.int64)
-        forms = {getattr(layer, name).dtype for layer in weights.layers for name in MATRICES}
-        self._floats = _NUMBERS if "bfloat16" in forms else None
-        self._integers = _NUMBERS if forms != {"bfloat16"} else None
-        # A pass over bfloat16 weights serves a panel of tokens; integers are multiplied with one.
-        self._most_tokens = _TILE_OF_TOKENS if self._integers is None else 1
+        self._ways = tuple(_NUMBERS if way in ways else None for way in _WAYS)
+        self._most_tokens = min(_WAYS[way] for way in ways)
         self._work: int | None = None
         self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
 
@@ -104,7 +107,7 @@ class ThroughLayers:
         Returns
         -------
         ndarray of shape (T, D), float32, or None
-            None where nothing was done: for many tokens (with integers, more than one), or a cache that is not float32.
+            None where nothing was done: for many tokens (by digits, more than one), or a cache that is not float32.
         """
         caches, counts = getattr(cache, "caches", (cache,)), getattr(cache, "counts", (len(x),))
         if len(x) > self._most_tokens:
@@ -119,7 +122,7 @@ class ThroughLayers:
         cos, sin = (np.ascontiguousarray(table, np.float32) for table in rope)
         arguments = (
             *(plan, shared, self._layers, self._windows, sequences, cos, sin),
-            *(_shapes(len(x)), starts, _NUMBERS, self._floats, self._integers),
+            *(_shapes(len(x)), starts, _NUMBERS, self._ways),
         )
         if self._work is None:  # the types of what is above are always the same
             self._work = address_of(take_units, *arguments)
@@ -179,7 +182,7 @@ def through_layers(weights: Any, config: Any) -> ThroughLayers | None:
     weights : Weights
     config : ModelConfig
         Known are models with RMSNorm before each step, RoPE, a gated feed-forward layer and no experts, with matrices
-        in bfloat16, int8 and int4 and D below 2048, on a processor with a matrix unit.
+        in bfloat16, int8 and int4, on a processor with vector registers of 512 bits (with a matrix unit, D below 2048).
     """
     return through_layers_by(choose(host_features()), weights, config)
 
@@ -190,19 +193,26 @@ def through_layers_by(path: str, weights: Any, config: Any, *, activations: str 
     See `npllama.kernels.features` and `npllama.rounding`.
     """
     plain = config.norm == "rms" and config.norm_order == "pre" and config.gated and config.experts is None
-    if path != "amx" or not plain or config.positions != "rope" or config.qk_norm == "projection":
-        return None
-    if 2 * config.dim >= _WIDE or activations == "int8":
+    if path == "portable" or not plain or config.positions != "rope" or config.qk_norm == "projection":
         return None
     matrices = [getattr(layer, name) for layer in weights.layers for name in MATRICES]
     fits = all(
-        matrix.dtype in FORMS
-        and matrix.shape[0] >= ROWS
-        and matrix.shape[1] >= _STEP
-        and all(part.flags.c_contiguous for part in matrix.parts)
+        matrix.shape[0] >= ROWS and matrix.shape[1] >= _STEP and all(part.flags.c_contiguous for part in matrix.parts)
         for matrix in matrices
     )
-    return ThroughLayers(weights, config, rounds=activations == "bfloat16") if fits else None
+    ways = {_way(path, activations, matrix.dtype) for matrix in matrices}
+    if None in ways or not fits or ("tiles" in ways and 2 * config.dim >= _WIDE):
+        return None
+    return ThroughLayers(weights, config, {way for way in ways if way}, rounds=activations == "bfloat16")
+
+
+def _way(path: str, activations: str, dtype: str) -> str | None:
+    """Return how a storage type is multiplied, or None where all layers at once can't do it."""
+    if dtype == "bfloat16":
+        return None if activations == "int8" else "tiles" if path == "amx" else "vectors"
+    if dtype not in PACKINGS:
+        return None
+    return "integers" if activations == "int8" else "digits"
 
 
 def _table(rooms: list[Array], counts: Any, lengths: list[int]) -> NDArray[np.int64]:

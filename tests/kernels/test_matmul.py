@@ -214,7 +214,8 @@ def test_plain_loops_shared_between_threads_equal_those_on_one(
 def test_the_best_path_is_the_first_whose_needs_are_met() -> None:
     everything = frozenset().union(*PATHS.values())
     assert choose(everything) == "amx"
-    assert choose(everything - {"amx-bf16"}) == "avx512"
+    assert choose(everything - {"amx-bf16"}) == "avx512bf16"
+    assert choose(everything - {"avx512bf16"}) == "avx512"
     assert choose(everything - {"avx512f"}) == "portable"
     assert choose({"avx2", "fma"}) == "portable"
     assert choose(frozenset()) == "portable"
@@ -225,12 +226,12 @@ def test_a_path_can_be_forced_where_it_can_run() -> None:
     assert choose(frozenset(), "portable") == "portable"
     with pytest.raises(UnsupportedError, match=r"amx-tile.*Choose 'portable'"):
         choose(PATHS["avx512"], "amx")
-    with pytest.raises(ParameterError, match="'sse', expected one of amx, avx512, portable"):
+    with pytest.raises(ParameterError, match="'sse', expected one of amx, avx512bf16, avx512, portable"):
         choose(frozenset(), "sse")
 
 
 def test_a_ladder_leads_down_to_plain_loops() -> None:
-    assert ladder("amx") == ("amx", "avx512", "portable")
+    assert ladder("amx") == ("amx", "avx512bf16", "avx512", "portable")
     assert ladder("portable") == ("portable",)
 
 

@@ -37,7 +37,7 @@ def stored(m: int, n: int, dtype: str) -> Tensor:
 
 def multiplied(path: str, x: Array, *weights: Tensor) -> list[Array]:
     outputs = [np.full((len(x), weight.shape[0]), np.nan, np.float32) for weight in weights]
-    PRODUCTS[weights[0].dtype][path](x, weights, outputs)
+    matmul.products(path).by_dtype[weights[0].dtype](x, weights, outputs)
     return outputs
 
 
@@ -96,12 +96,13 @@ def test_what_is_not_finite_stays_so_in_its_row_alone(path: str, dtype: str, bad
 @pytest.mark.parametrize("dtype", PACKINGS)
 @pytest.mark.usefixtures("any_threads")
 def test_a_number_depends_on_no_other_row_nor_on_the_threads(path: str, dtype: str) -> None:
-    """Bit by bit; only a token alone may go another way than one among several."""
+    """Bit by bit; only a few tokens may go another way than many."""
     weights, x = [stored(m, 300, dtype) for m in (96, 64, 40)], normal(37, 300)
     together = multiplied(path, x, *weights)
     for weight, y in zip(weights, together, strict=True):
         np.testing.assert_array_equal(multiplied(path, x, weight)[0], y)
-        np.testing.assert_array_equal(multiplied(path, x[5:9], weight)[0], y[5:9])
+        np.testing.assert_array_equal(multiplied(path, x[5:22], weight)[0], y[5:22])
+        np.testing.assert_array_equal(multiplied(path, x[5:7], weight)[0], multiplied(path, x[2:9], weight)[0][3:5])
     numba.set_num_threads(1)
     for y, alone in zip(together, multiplied(path, x, *weights), strict=True):
         np.testing.assert_array_equal(alone, y)

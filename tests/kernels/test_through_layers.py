@@ -22,11 +22,15 @@ from npllama.engine import Model
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.paths import twins
 from npllama.kernels.through_layers import through_layers
+from npllama.kernels.vector_rows import FEW
 from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST, loud_model
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
 
-needs_tiles = pytest.mark.skipif(choose(host_features()) != "amx", reason="this processor has no matrix unit")
+PATH = choose(host_features())
+needs_vectors = pytest.mark.skipif(PATH == "portable", reason="this processor has no AVX-512")
+#: Tokens that bfloat16 weights meet in one pass.
+MOST = 16 if PATH == "amx" else FEW
 
 LAYER_BY_LAYER = SimpleNamespace(**{**vars(FAST), "through_layers": ops.through_layers})
 
@@ -48,7 +52,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "norms of whole projections": {"qk_norm": "projection"},
     "experts": {"experts": Experts(count=4, active=2, hidden_dim=64)},
     "narrow matrices": {"n_kv_heads": 1},
-    "wide rows": {"dim": 2048, "n_layers": 1, "vocab_size": 8},
+    **({"wide rows": {"dim": 2048, "n_layers": 1, "vocab_size": 8}} if PATH == "amx" else {}),
 }
 #: Storage types of a layer's matrices, in turn.
 STORED: dict[str, tuple[str, ...]] = {
@@ -112,14 +116,14 @@ def assert_threads_change_nothing(run: Callable[[], Array]) -> None:
         assert_same_bits(result, results[0])
 
 
-@needs_tiles
+@needs_vectors
 @pytest.mark.parametrize("changes", KNOWN.values(), ids=KNOWN)
 def test_the_bits_are_those_of_going_layer_by_layer(changes: dict[str, Any]) -> None:
     at_once, by_layer = pair(**changes)
     assert through_layers(at_once.weights, at_once.config) is not None
     cache = fed(by_layer, 510)
     twin = cache.fork()
-    for count in (1, 5, 2, 3, 8, 16, 1, 5):  # across 512 keys, where attention is divided
+    for count in (1, 5, 2, 3, 8, MOST, 1, 5):  # across 512 keys, where attention is divided
         new = loud_tokens(at_once.config, count, seed=count)
         logits = at_once.forward(new, twin)
         assert np.isfinite(logits).all()
@@ -127,7 +131,7 @@ def test_the_bits_are_those_of_going_layer_by_layer(changes: dict[str, Any]) -> 
     assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
 
 
-@needs_tiles
+@needs_vectors
 @pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
 @pytest.mark.parametrize("name", ["llama", "odd widths", "biases"])
 def test_the_bits_of_integers_are_those_of_going_layer_by_layer(name: str, dtypes: tuple[str, ...]) -> None:
@@ -142,11 +146,20 @@ def test_the_bits_of_integers_are_those_of_going_layer_by_layer(name: str, dtype
     assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
 
 
-@needs_tiles
-@pytest.mark.parametrize("dtypes", [("bfloat16",), *STORED.values()])
-def test_the_bits_of_rounded_inputs_are_those_of_going_layer_by_layer(dtypes: tuple[str, ...]) -> None:
+@needs_vectors
+@pytest.mark.parametrize(
+    ("activations", "dtypes"),
+    [*(("bfloat16", dtypes) for dtypes in (("bfloat16",), *STORED.values())), ("int8", ("int8",)), ("int8", ("int4",))],
+)
+def test_the_bits_of_rounded_inputs_are_those_of_going_layer_by_layer(
+    activations: str, dtypes: tuple[str, ...]
+) -> None:
     exact, _ = quantised_pair(dtypes)
-    config, weights, rounding = exact.config, exact.weights, SimpleNamespace(**{**vars(ops), **twins(None, "bfloat16")})
+    config, weights, rounding = (
+        exact.config,
+        exact.weights,
+        SimpleNamespace(**{**vars(ops), **twins(None, activations)}),
+    )
     at_once = Model(config, weights, rounding, backend="fast")
     layer_by_layer = Model(
         config, weights, SimpleNamespace(**{**vars(rounding), "through_layers": ops.through_layers}), backend="fast"
@@ -161,13 +174,13 @@ def test_the_bits_of_rounded_inputs_are_those_of_going_layer_by_layer(dtypes: tu
         assert (a != c).any()
 
 
-@needs_tiles
+@needs_vectors
 def test_a_first_prompt_needs_no_cache_before_it() -> None:
     at_once, by_layer = pair()
     assert_same_bits(at_once.forward([1, 2, 3]), by_layer.forward([1, 2, 3]))
 
 
-@needs_tiles
+@needs_vectors
 def test_each_of_several_sequences_has_its_own_length_and_count() -> None:
     at_once, by_layer = pair()
     caches = [fed(by_layer, length) for length in (3, 600, 64)]
@@ -179,7 +192,7 @@ def test_each_of_several_sequences_has_its_own_length_and_count() -> None:
         assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
 
 
-@needs_tiles
+@needs_vectors
 @pytest.mark.parametrize("count", [1, 7])
 def test_the_number_of_threads_changes_nothing(count: int) -> None:
     at_once, _ = pair(**KNOWN["odd widths"])
@@ -188,7 +201,7 @@ def test_the_number_of_threads_changes_nothing(count: int) -> None:
     assert_threads_change_nothing(lambda: at_once.forward(new, cache.fork()))
 
 
-@needs_tiles
+@needs_vectors
 @pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
 def test_the_number_of_threads_changes_nothing_for_integers(dtypes: tuple[str, ...]) -> None:
     at_once, _ = quantised_pair(dtypes, **KNOWN["odd widths"])
@@ -196,7 +209,7 @@ def test_the_number_of_threads_changes_nothing_for_integers(dtypes: tuple[str, .
     assert_threads_change_nothing(lambda: at_once.forward([7], cache.fork()))
 
 
-@needs_tiles
+@needs_vectors
 def test_who_watches_sees_every_layer_and_the_same_logits() -> None:
     model, _ = pair()
     with npllama.record(model) as seen:
@@ -205,7 +218,7 @@ def test_who_watches_sees_every_layer_and_the_same_logits() -> None:
     assert_same_bits(watched, model.forward([1, 2, 3]))
 
 
-@needs_tiles
+@needs_vectors
 def test_what_is_not_known_is_declined() -> None:
     for changes in UNKNOWN.values():
         model = loud_model(loud_config(**changes), dtype="bfloat16")
@@ -214,7 +227,7 @@ def test_what_is_not_known_is_declined() -> None:
     assert through_layers(model.weights, model.config) is None
 
 
-@needs_tiles
+@needs_vectors
 @pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
 def test_integers_decline_more_than_one_token(dtypes: tuple[str, ...]) -> None:
     model, _ = quantised_pair(dtypes)
@@ -225,7 +238,7 @@ def test_integers_decline_more_than_one_token(dtypes: tuple[str, ...]) -> None:
         assert (run(x, (angles, angles), KVCache(model.config, 8)) is None) == (n_new > 1)
 
 
-@needs_tiles
+@needs_vectors
 def test_many_tokens_and_caches_of_other_numbers_are_declined() -> None:
     model = loud_model(loud_config(), dtype="bfloat16")
     run = through_layers(model.weights, model.config)
@@ -235,11 +248,23 @@ def test_many_tokens_and_caches_of_other_numbers_are_declined() -> None:
         x, angles = np.ones((n_new, 64), np.float32), np.ones((n_new, 8), np.float32)
         return run(x, (angles, angles), cache)
 
-    assert result(16, KVCache(model.config, 32)) is not None
-    assert result(17, KVCache(model.config, 32)) is None
+    assert result(MOST, KVCache(model.config, 32)) is not None
+    assert result(MOST + 1, KVCache(model.config, 32)) is None
     assert result(1, KVCache(model.config, 32, "bfloat16")) is None
 
 
-def test_a_path_without_tiles_goes_layer_by_layer() -> None:
+def test_plain_loops_go_layer_by_layer() -> None:
     model = loud_model(loud_config(), dtype="bfloat16")
     assert twins("portable")["through_layers"](model.weights, model.config) is None
+
+
+@needs_vectors
+def test_integers_and_tokens_in_int8_may_be_several_at_once() -> None:
+    exact, _ = quantised_pair(("int8", "int4"))
+    rounding = SimpleNamespace(**{**vars(ops), **twins(None, "int8")})
+    by_layer = SimpleNamespace(**{**vars(rounding), "through_layers": ops.through_layers})
+    at_once, layer_by_layer = (Model(exact.config, exact.weights, of, backend="fast") for of in (rounding, by_layer))
+    caches = [fed(model, 9) for model in (at_once, layer_by_layer)]
+    for count in (FEW, 3, 1):
+        new = loud_tokens(exact.config, count, seed=count)
+        assert_same_bits(at_once.forward(new, caches[0]), layer_by_layer.forward(new, caches[1]))

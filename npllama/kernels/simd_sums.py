@@ -1,0 +1,378 @@
+"""Many sums in vector registers at once, and the instructions that add products to all of them.
+
+Sums are a tuple of vectors (see `npllama.kernels.simd`), as many as a literal says. A compiler keeps them in registers
+as long as the processor has enough, 32 of 512 bits; that is what lets a number that was loaded once be multiplied
+several times. Places in memory are addresses (int64). Nothing is checked.
+
+Of sixteen outputs of one token after another a **column** is a vector: its lanes are rows of a matrix, and each number
+of the input meets all of them (`outer_floats` and its kin). Of rows times tokens whose lanes are parts of one sum, to
+be added up at the end, each vector of the input meets some rows (`inner_floats`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from npllama.kernels.features import host_features
+from npllama.kernels.llvm import (
+    BFLOAT_VECTOR,
+    BYTE_VECTOR,
+    FLOAT_VECTOR,
+    FLOATS,
+    INT_VECTOR,
+    INTS,
+    LONG,
+    WORD,
+    call,
+    intrinsic,
+    lanes_added,
+    splat,
+)
+
+_tuple: Any = types.UniTuple
+
+_LINE = 64
+_HALF_LINE = ir.VectorType(ir.IntType(16), 16)
+
+
+def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    """Return the pointer to a value so many bytes behind an address."""
+    return builder.inttoptr(builder.add(address, ir.Constant(LONG, offset)), kind.as_pointer())
+
+
+def _load(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    return builder.load(_at(builder, address, offset, kind), align=1)
+
+
+def _load_splat(builder: Any, address: Any, number: int, kind: Any) -> Any:
+    """Return number 0, 1, ... of the words (32 bits) at an address, in all lanes."""
+    return splat(builder, _load(builder, address, 4 * number, kind))
+
+
+def _changed(context: Any, builder: Any, kind: Any, sums: Any, change: Callable[[int, Any], Any]) -> Any:
+    """Return sums after ``change(i, sum)`` to each."""
+    changed = [change(i, builder.extract_value(sums, i)) for i in range(kind.count)]
+    return context.make_tuple(builder, kind, changed)
+
+
+# --- beginning and end ------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def no_sums(context: Any, count: Any) -> Any:
+    """``no_sums(count)``: so many vectors of float32 zeros. VPXORD."""
+    kind = _tuple(FLOATS, count.literal_value)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return context.make_tuple(builder, kind, [ir.Constant(FLOAT_VECTOR, [0.0] * 16)] * kind.count)
+
+    return kind(count), code
+
+
+@intrinsic(prefer_literal=True)
+def first_sums(context: Any, address: Any, count: Any) -> Any:
+    """``first_sums(address, count)``: vectors of int32, each one number of memory in all lanes. VPBROADCASTD."""
+    kind = _tuple(INTS, count.literal_value)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = [_load_splat(builder, arguments[0], i, WORD) for i in range(kind.count)]
+        return context.make_tuple(builder, kind, vectors)
+
+    return kind(types.int64, count), code
+
+
+@intrinsic(prefer_literal=True)
+def sums_at(context: Any, address: Any, count: Any) -> Any:
+    """``sums_at(address, count)``: so many vectors of float32, one after the other. VMOVUPS."""
+    kind = _tuple(FLOATS, count.literal_value)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = [_load(builder, arguments[0], _LINE * i, FLOAT_VECTOR) for i in range(kind.count)]
+        return context.make_tuple(builder, kind, vectors)
+
+    return kind(types.int64, count), code
+
+
+@intrinsic
+def store_sums(context: Any, address: Any, sums: Any) -> Any:
+    """``store_sums(address, sums)``: write the vectors, one after the other. VMOVUPS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        for i in range(sums.count):
+            place = _at(builder, arguments[0], _LINE * i, sums.dtype.llvm)
+            builder.store(builder.extract_value(arguments[1], i), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, sums), code
+
+
+@intrinsic
+def add_to_memory(context: Any, address: Any, sums: Any) -> Any:
+    """``add_to_memory(address, sums)``: add float32 sums to as many vectors there. VADDPS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, tile = arguments
+        for i in range(sums.count):
+            place = _at(builder, address, _LINE * i, FLOAT_VECTOR)
+            total = builder.fadd(builder.load(place, align=1), builder.extract_value(tile, i))
+            builder.store(total, place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, sums), code
+
+
+@intrinsic
+def add_scaled_to_memory(context: Any, address: Any, sums: Any, scale: Any) -> Any:
+    """``add_scaled_to_memory(address, sums, scale)``: add float32 sums times a vector. VFMADD231PS."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, tile, scale = arguments
+        for i in range(sums.count):
+            place = _at(builder, address, _LINE * i, FLOAT_VECTOR)
+            total = builder.load(place, align=1)
+            total = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, builder.extract_value(tile, i), scale, total)
+            builder.store(total, place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, sums, FLOATS), code
+
+
+@intrinsic
+def add_stepped(context: Any, totals: Any, sums: Any, scale: Any, steps: Any) -> Any:
+    """``add_stepped(totals, sums, scale, steps)``: ``total + scale · sum · step`` of float32 totals and int32 sums.
+
+    The scale is a vector, the step one float32 for each sum, at an address. VCVTDQ2PS, VMULPS, VFMADD231PS.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        so_far, tile, scale, steps = arguments
+
+        def change(i: int, total: Any) -> Any:
+            scaled = builder.fmul(builder.sitofp(builder.extract_value(tile, i), FLOAT_VECTOR), scale)
+            return call(
+                builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, _load_splat(builder, steps, i, ir.FloatType()), total
+            )
+
+        return _changed(context, builder, totals, so_far, change)
+
+    return totals(totals, sums, FLOATS, types.int64), code
+
+
+@intrinsic
+def add_outer_to_memory(context: Any, address: Any, vector: Any, numbers: Any) -> Any:
+    """``add_outer_to_memory(address, vector, numbers)``: add a vector times each of 16 numbers to 16 vectors there.
+
+    The numbers are float32 at an address. VFMADD231PS.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, vector, numbers = arguments
+        for i in range(16):
+            place = _at(builder, address, _LINE * i, FLOAT_VECTOR)
+            number, total = _load_splat(builder, numbers, i, ir.FloatType()), builder.load(place, align=1)
+            builder.store(call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, number, total), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, FLOATS, types.int64), code
+
+
+@intrinsic
+def store_totals(context: Any, address: Any, sums: Any) -> Any:
+    """``store_totals(address, sums)``: write the sum of each vector's lanes, added in pairs of halves."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, tile = arguments
+        for i in range(sums.count):
+            total = lanes_added(builder, builder.extract_value(tile, i))
+            builder.store(total, _at(builder, address, 4 * i, ir.FloatType()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, sums), code
+
+
+# --- outer products: a vector of weights, a number of each token ------------------------------------------------
+
+
+def _outer(kind: Any, add: Callable[[Any, Any, Any, Any], Any]) -> Any:
+    """Return the signature and code of ``sums[i] + weights · word i of the input``, as ``add`` says."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, weights, x = arguments
+        vector = _load(builder, weights, 0, INT_VECTOR)
+
+        def change(i: int, total: Any) -> Any:
+            return add(builder, total, vector, _load_splat(builder, x, i, WORD))
+
+        return _changed(context, builder, kind, sums, change)
+
+    return kind(kind, types.int64, types.int64), code
+
+
+@intrinsic
+def outer_floats(context: Any, sums: Any, weights: Any, x: Any) -> Any:
+    """``outer_floats(sums, weights, x)``: add sixteen float32 at one address times each number at the other.
+
+    VFMADD231PS.
+    """
+
+    def add(builder: Any, total: Any, weights: Any, number: Any) -> Any:
+        factors = (builder.bitcast(vector, FLOAT_VECTOR) for vector in (weights, number))
+        return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
+
+    return _outer(sums, add)
+
+
+@intrinsic
+def outer_pairs(context: Any, sums: Any, weights: Any, x: Any) -> Any:
+    """``outer_pairs(sums, weights, x)``: the same with pairs of bfloat16 for numbers. VDPBF16PS.
+
+    The products of a pair are added to the sum one after the other, the upper one first, each rounded to float32.
+    Numbers below 2**-126 may count as zero: a processor without the instruction keeps them.
+    """
+    return _outer(sums, _add_pair if "avx512bf16" in host_features() else _add_pair_in_two)
+
+
+def _add_pair(builder: Any, total: Any, weights: Any, pair: Any) -> Any:
+    factors = (builder.bitcast(vector, BFLOAT_VECTOR) for vector in (weights, pair))
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOAT_VECTOR, total, *factors)
+
+
+def _add_pair_in_two(builder: Any, total: Any, weights: Any, pair: Any) -> Any:
+    """Do `_add_pair` with float32: a bfloat16 is the upper half of one."""
+    upper = [builder.and_(vector, ir.Constant(INT_VECTOR, [-65536] * 16)) for vector in (weights, pair)]
+    lower = [builder.shl(vector, ir.Constant(INT_VECTOR, [16] * 16)) for vector in (weights, pair)]
+    for part in (upper, lower):
+        factors = (builder.bitcast(vector, FLOAT_VECTOR) for vector in part)
+        total = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
+    return total
+
+
+@intrinsic
+def outer_bytes(context: Any, sums: Any, weights: Any, x: Any) -> Any:
+    """``outer_bytes(sums, weights, x)``: the same with four uint8 weights and int8 for a number. VPDPBUSD."""
+
+    def add(builder: Any, total: Any, weights: Any, four: Any) -> Any:
+        factors = (builder.bitcast(vector, BYTE_VECTOR) for vector in (weights, four))
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, *factors)
+
+    return _outer(sums, add)
+
+
+# --- inner products: a vector of some rows, a vector of each token ----------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def inner_floats(
+    context: Any, sums: Any, rows: Any, item_bytes: Any, weights: Any, row_bytes: Any, x: Any, token_bytes: Any
+) -> Any:
+    """``inner_floats(sums, rows, item_bytes, weights, row_bytes, x, token_bytes)``: add sixteen products to each sum.
+
+    The sums of a row are those of each token in turn. Of literally so many rows, ``row_bytes`` apart, sixteen numbers
+    are multiplied with sixteen of each token, ``token_bytes`` apart, in float32. ``item_bytes`` is 4 for float32 rows
+    and 2 for bfloat16. VPMOVZXWD, VPSLLD, VFMADD231PS.
+    """
+    n_rows, item = rows.literal_value, item_bytes.literal_value
+    n_tokens = sums.count // n_rows
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, _, _, weights, row_bytes, x, token_bytes = arguments
+
+        def row(number: int) -> Any:
+            place = _apart(builder, weights, row_bytes, number)
+            if item == 4:
+                return _load(builder, place, 0, FLOAT_VECTOR)
+            wide = builder.zext(_load(builder, place, 0, _HALF_LINE), INT_VECTOR)
+            return builder.bitcast(builder.shl(wide, ir.Constant(INT_VECTOR, [16] * 16)), FLOAT_VECTOR)
+
+        vectors = [row(r) for r in range(n_rows)]
+        tokens = [_load(builder, _apart(builder, x, token_bytes, t), 0, FLOAT_VECTOR) for t in range(n_tokens)]
+
+        def change(i: int, total: Any) -> Any:
+            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vectors[i // n_tokens], tokens[i % n_tokens], total)
+
+        return _changed(context, builder, sums, tile, change)
+
+    return sums(sums, rows, item_bytes, *[types.int64] * 4), code
+
+
+@intrinsic
+def inner_bytes(context: Any, sums: Any, weights: Any, x: Any, factors: Any, pitch: Any) -> Any:
+    """``inner_bytes(sums, weights, x, factors, pitch)``: add 64 products of bytes to each sum, as float32.
+
+    A sum belongs to a token, whose 64 int8 are a line at ``x``, one token behind the other. The weights are a vector of
+    uint8. What four products come to is multiplied by the token's factor, a float32; factors are ``pitch`` bytes apart.
+    VPDPBUSD, VCVTDQ2PS, VFMADD231PS.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, weights, x, factors, pitch = arguments
+
+        def change(t: int, total: Any) -> Any:
+            products = _dots(builder, None, weights, _load(builder, x, _LINE * t, BYTE_VECTOR))
+            factor = _load_splat(builder, _apart(builder, factors, pitch, t), 0, ir.FloatType())
+            return _multiplied_in(builder, products, factor, total)
+
+        return _changed(context, builder, sums, tile, change)
+
+    return sums(sums, weights, *[types.int64] * 3), code
+
+
+@intrinsic
+def inner_nibbles(context: Any, sums: Any, low: Any, high: Any, x: Any, factors: Any, pitch: Any) -> Any:
+    """``inner_nibbles(sums, low, high, x, factors, pitch)``: the same with two groups of 64 products.
+
+    The first halves of both groups are the vector ``low`` and a token's first line at ``x``, the last halves ``high``
+    and its second line. A token has two factors, one for each group.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, low, high, x, factors, pitch = arguments
+
+        def change(t: int, total: Any) -> Any:
+            products = _dots(builder, None, low, _load(builder, x, 2 * _LINE * t, BYTE_VECTOR))
+            products = _dots(builder, products, high, _load(builder, x, 2 * _LINE * t + _LINE, BYTE_VECTOR))
+            place = _apart(builder, factors, pitch, t)
+            both = [_load_splat(builder, place, group, ir.FloatType()) for group in (0, 1)]
+            lanes = ir.Constant(ir.VectorType(WORD, 16), [*range(8), *range(24, 32)])
+            return _multiplied_in(builder, products, builder.shuffle_vector(*both, lanes), total)
+
+        return _changed(context, builder, sums, tile, change)
+
+    return sums(sums, low, high, *[types.int64] * 3), code
+
+
+def _dots(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    total = ir.Constant(INT_VECTOR, [0] * 16) if total is None else total
+    unsigned = builder.bitcast(unsigned, BYTE_VECTOR)
+    return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, unsigned, signed)
+
+
+def _multiplied_in(builder: Any, products: Any, factor: Any, total: Any) -> Any:
+    return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, builder.sitofp(products, FLOAT_VECTOR), factor, total)
+
+
+# --- a vector for each token ------------------------------------------------------------------------------------
+
+
+@intrinsic
+def add_products_at(context: Any, sums: Any, vector: Any, address: Any, pitch: Any) -> Any:
+    """``add_products_at(sums, vector, address, pitch)``: add a vector times those in memory, ``pitch`` bytes apart."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, vector, address, pitch = arguments
+
+        def change(t: int, total: Any) -> Any:
+            other = _load(builder, _apart(builder, address, pitch, t), 0, FLOAT_VECTOR)
+            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, other, total)
+
+        return _changed(context, builder, sums, tile, change)
+
+    return sums(sums, FLOATS, types.int64, types.int64), code
+
+
+def _apart(builder: Any, address: Any, pitch: Any, number: int) -> Any:
+    return builder.add(address, builder.mul(pitch, ir.Constant(LONG, number)))

@@ -1,0 +1,63 @@
+"""Products of a few tokens that are rounded to int8."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import pytest
+
+from npllama.checkpoint.quantize import quantize
+from npllama.dtypes import PACKINGS, Array, Tensor
+from npllama.kernels.features import PATHS, host_features
+from npllama.kernels.matmul import products
+from npllama.kernels.vector_rows import FEW
+from npllama.rounding import rounded_to_int8
+
+PATH = "avx512"
+pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX-512")
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def stored(values: Array, dtype: str) -> Tensor:
+    data, scales, *minima = quantize(values, dtype)
+    for part in (data, scales, *minima):
+        part.setflags(write=False)  # like a memory map
+    return Tensor(data, dtype, scales, minima[0] if minima else None, values.shape[-1])
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (35, 64), (20, 65), (16, 576), (50, 1100), (33, 2100)])
+def test_products_are_those_of_the_rounded_tokens_and_each_is_what_it_is_alone(dtype: str, m: int, n: int) -> None:
+    x, weight = normal(FEW, n), stored(normal(m, n, seed=1), dtype)
+    product = products(PATH, "int8")
+    alone = np.concatenate([product.linear(x[t : t + 1], weight) for t in range(FEW)])
+    numbers = weight.numbers(to=np.float64)
+    error = alone - rounded_to_int8(x).astype(np.float64) @ numbers.T
+    size = (x.astype(np.float64) ** 2).sum() * (numbers**2).mean() * m
+    assert (error**2).sum() < 1e-12 * size
+    for count in range(2, FEW + 1):
+        np.testing.assert_array_equal(product.linear(x[:count], weight), alone[:count])
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+def test_zeros_and_groups_that_are_no_numbers(dtype: str) -> None:
+    x, weight = normal(4, 200), stored(normal(40, 200), dtype)
+    clean = products(PATH, "int8").linear(x, weight)
+    x[1, 130], x[2] = np.inf, 0
+    y = products(PATH, "int8").linear(x, weight)
+    assert np.isnan(y[1]).all()
+    assert not y[2].any()
+    np.testing.assert_array_equal(y[[0, 3]], clean[[0, 3]])
+
+
+@pytest.mark.parametrize("dtype", PACKINGS)
+@pytest.mark.usefixtures("any_threads")
+def test_neither_other_rows_nor_threads_change_a_bit(dtype: str) -> None:
+    x, weight = normal(3, 300), stored(normal(100, 300), dtype)
+    whole = products(PATH, "int8").linear(x, weight)
+    np.testing.assert_array_equal(products(PATH, "int8").linear(x, weight.rows(30, 77)), whole[:, 30:77])
+    numba.set_num_threads(1)
+    np.testing.assert_array_equal(products(PATH, "int8").linear(x, weight), whole)
