@@ -93,8 +93,8 @@ class Attending:
         scale = np.float32(math.log2(math.e) / (math.sqrt(q.shape[2]) if divisor is None else divisor))
         limit = _UNLIMITED if window is None else window
         n_kv_heads, wide = readable[0][0].shape[1], self.path != "portable"
-        piece = _piece_for(like.dtype.name)
-        _attend(q, _table(counts, readable), n_kv_heads, scale, limit, like, wide, context, piece)
+        plain, piece = None if wide else _NUMBERS, piece_for(like.dtype.name, wide)
+        _attend(q, _table(counts, readable), n_kv_heads, scale, limit, like, plain, context, piece)
         return context
 
 
@@ -167,11 +167,14 @@ def _table(counts: Sequence[int], caches: Sequence[tuple[Array, Array]]) -> NDAr
 
 
 @cache
-def _piece_for(dtype: str) -> int:
-    """Return the address of `_attend_piece` for keys and values of a dtype: "float32", or "uint16" for bfloat16."""
+def piece_for(dtype: str, wide: bool) -> int:
+    """Return the address of `_attend_piece` for keys and values of a dtype: "float32", or "uint16" for bfloat16.
+
+    ``wide`` says to use vector registers by name.
+    """
     cube, square, like = np.empty((1, 1, 1), np.float32), np.empty((1, 1), np.float32), np.empty(0, dtype)
-    table, one = np.empty((1, 8), np.int64), np.float32(1)
-    return address_of(_attend_piece, cube, table, table[0], 1, one, 1, like, True, cube, square, square, cube)
+    table, one, plain = np.empty((1, 8), np.int64), np.float32(1), None if wide else _NUMBERS
+    return address_of(_attend_piece, cube, table, table[0], 1, one, 1, like, plain, cube, square, square, cube)
 
 
 @compiled(parallel=True)
@@ -182,7 +185,7 @@ def _attend(
     scale: np.float32,
     window: int,
     like: Array,
-    wide: bool,
+    plain: Array | None,
     context: Array,
     piece: int,
 ) -> None:
@@ -196,7 +199,7 @@ def _attend(
     parts = np.empty((n_parts * tile, group, q.shape[2]), np.float32)
     peaks, totals = np.empty((n_parts, tile * group), np.float32), np.empty((n_parts, tile * group), np.float32)
     for i in prange(len(pieces)):
-        call_at(piece, (q, table, pieces[i], group, scale, window, like, wide, parts, peaks, totals, context))
+        call_at(piece, (q, table, pieces[i], group, scale, window, like, plain, parts, peaks, totals, context))
     _merge(table, pieces, group, tile, parts, peaks, totals, context)
 
 
@@ -209,7 +212,7 @@ def _attend_piece(
     scale: np.float32,
     window: int,
     like: Array,
-    wide: bool,
+    plain: Array | None,
     parts: Array,
     peaks: Array,
     totals: Array,
@@ -237,7 +240,7 @@ def _attend_piece(
     if n_queries <= _FEW:
         highest, total = attend_few(q, scale, piece, like, out, row, head)
     else:
-        highest, total = attend_many(q, scale, piece, like, wide, out, row, head)
+        highest, total = attend_many(q, scale, piece, like, plain, out, row, head)
     if split:
         for m in range(n_queries):
             peaks[part, m], totals[part, m] = highest[m], total[m]

@@ -144,11 +144,12 @@ def _seen(piece: Piece, m: int, start: int) -> Any:
 
 @compiled()
 def attend_many(
-    q: Array, scale: np.float32, piece: Piece, like: Array, wide: bool, context: Array, row: int, head: int
+    q: Array, scale: np.float32, piece: Piece, like: Array, plain: Array | None, context: Array, row: int, head: int
 ) -> Any:
     """Do a piece in panels of lanes; see `attend_few`.
 
-    ``wide`` says to use vector registers by name; otherwise the compiler makes what it can of plain loops.
+    Where ``plain`` is an array, whichever, the compiler makes what it can of plain loops. Where it is None, vector
+    registers are used by name; what is not used is not compiled.
     """
     head_dim = q.shape[2]
     width = (head_dim + 15) // 16 * 16
@@ -177,13 +178,13 @@ def attend_many(
                 continue
             height = min(_BLOCK, (last - start) // 8 * 8 + 8)  # keys, in eights, that any lane sees
             scores[:] = _ZERO
-            if wide:
+            if plain is None:
                 _add_product(keys, queries[panel], height, width, scores)
             else:
                 _add_product_plainly(keys, queries[panel], height, width, scores)
             if start + _BLOCK > first + 1 or start <= last - piece.window:
                 _hide(scores, piece, panel * _LANES, start)
-            if wide:
+            if plain is None:
                 _weigh(scores, peaks[panel], totals[panel], sums[panel])
                 _add_product(values.T, scores, width, height, sums[panel])
             else:

@@ -11,7 +11,7 @@ from npllama.dtypes import Array
 from npllama.kernels import simd
 from npllama.kernels.activation import _glu
 from npllama.kernels.attend import _TILE as _TILE_OF_QUERIES
-from npllama.kernels.attend import _UNLIMITED, _attend_piece, _merge, _pieces
+from npllama.kernels.attend import _UNLIMITED, _merge, _pieces
 from npllama.kernels.attend_piece import _matrix_at
 from npllama.kernels.by_address import call_at
 from npllama.kernels.jit import compiled
@@ -98,6 +98,14 @@ class Shared(NamedTuple):
     counters: Array
 
 
+class Works(NamedTuple):
+    """Addresses of what units call: `npllama.kernels.attend` for a piece, `enter_product` and `multiply_unit`."""
+
+    attend: int
+    enter: int
+    rows: int
+
+
 class Own(NamedTuple):
     """What one thread has to itself: the input normed and taken apart, and the outputs of one or two blocks."""
 
@@ -154,6 +162,7 @@ def run_units(
     starts: Array,
     like: Array,
     ways: Any,
+    works: Works,
     work: int,
     n_threads: int,
 ) -> None:
@@ -162,22 +171,8 @@ def run_units(
     ``work`` is the address of `take_units`.
     """
     for _ in prange(n_threads):
-        call_at(
-            work,
-            (
-                plan,
-                shared,
-                layers,
-                windows,
-                sequences,
-                cos,
-                sin,
-                shapes,
-                starts,
-                like,
-                ways,
-            ),
-        )
+        everything = plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, ways, works
+        call_at(work, everything)
 
 
 @compiled()
@@ -193,13 +188,13 @@ def take_units(
     starts: Array,
     like: Array,
     ways: Any,
+    works: Works,
 ) -> None:
     """Take units until there are none left."""
-    own = _own(plan, sequences, like)
+    own = own_of(plan, sequences, like)
     pieces = np.empty((0, 8), np.int64)
     tile = _queries_of_a_tile(plan)
     begin(shapes, ways[0])
-    wide: Any = np.bool_(True)  # vector registers by name; for a literal Numba would compile attention once more
     entered, phase, later = -1, 0, 0
     unit = fetch_add(shared.counters, 0, 1)
     while unit < starts[-1]:
@@ -228,44 +223,25 @@ def take_units(
                         shared.totals,
                         shared.context,
                     )
-                _enter_product(plan, shared, own, layer, kind, like, ways)
+                call_at(works.enter, (plan, shared, own, layer, kind, like, ways))
         if kind == _ATTEND:
             line = pieces[unit - starts[phase]]
             _append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like)
-            _attend_piece(
-                shared.turned,
-                own.sequences,
-                line,
-                plan.n_heads // plan.n_kv_heads,
-                plan.scale,
-                windows[phase // _PHASES],
-                like,
-                wide,
-                shared.parts,
-                shared.peaks,
-                shared.totals,
-                shared.context,
-            )
+            group, window = plan.n_heads // plan.n_kv_heads, windows[phase // _PHASES]
+            room = shared.parts, shared.peaks, shared.totals, shared.context
+            where = shared.turned, own.sequences, line, group, plan.scale, window, like, None
+            call_at(works.attend, (*where, *room))
         else:
-            _rows(
-                plan,
-                shared,
-                own,
-                layer,
-                kind,
-                unit - starts[phase],
-                ahead,
-                ahead_too,
-                like,
-                ways,
-            )
+            block = unit - starts[phase]
+            call_at(works.rows, (plan, shared, own, layer, kind, block, ahead, ahead_too, like, ways))
         fetch_add(shared.counters, APART * (phase + 1), 1)
         unit = following
     end(ways[0])
 
 
 @compiled()
-def _own(plan: Plan, sequences: Array, like: Array) -> Own:
+def own_of(plan: Plan, sequences: Array, like: Array) -> Own:
+    """Return a thread's room, and its copy of the table of sequences."""
     widest = max(plan.dim, max(plan.hidden_dim, plan.n_heads * plan.head_dim))
     return Own(
         inputs_room(plan.n_new, widest, like, plan.rounds),
@@ -341,7 +317,7 @@ def _enter_attention(plan: Plan, own: Own, sequences: Array, layer: int, tile: i
 
 
 @compiled()
-def _enter_product(
+def enter_product(
     plan: Plan,
     shared: Shared,
     own: Own,
@@ -371,7 +347,7 @@ def _vector(address: int, size: int, like: Array) -> Any:
 
 
 @compiled()
-def _rows(
+def multiply_unit(
     plan: Plan,
     shared: Shared,
     own: Own,

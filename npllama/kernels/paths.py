@@ -20,7 +20,7 @@ def twins(path: str | None = None, activations: str = "float32") -> dict[str, Ca
     ----------
     path : str, optional
         One of `npllama.kernels.features.PATHS`; by default the best one for this processor.
-    activations : {"float32", "bfloat16"}
+    activations : {"float32", "bfloat16", "int8"}
         What the input of every product with weights is rounded to.
 
     Raises

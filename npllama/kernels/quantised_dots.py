@@ -6,12 +6,14 @@ See `npllama.kernels.quantised_rows` for how a row is multiplied.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numba
 import numpy as np
 from numba import prange
 
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
@@ -36,15 +38,22 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     A number of the output is one sum in one order, whatever the threads and the other tokens.
     """
     is_int4 = PACKINGS[weights[0].dtype].has_minima
-    _multiply(x, jobs_of(weights, outputs, _BLOCK), is_int4, numba.get_num_threads())
+    _multiply(x, jobs_of(weights, outputs, _BLOCK), is_int4, numba.get_num_threads(), _address_of_work())
+
+
+@cache
+def _address_of_work() -> int:
+    """Return the address of `_multiply_blocks`."""
+    return address_of(_multiply_blocks, np.empty((1, 1), np.float32), np.empty((1, 6), np.int64), True, 1, 1)
 
 
 @compiled(parallel=True)
-def _multiply(x: Array, jobs: Array, is_int4: bool, n_threads: int) -> None:
+def _multiply(x: Array, jobs: Array, is_int4: bool, n_threads: int, work: int) -> None:
     """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end."""
     blocks = count_blocks(jobs, _BLOCK)
     for thread in prange(n_threads):
-        _multiply_blocks(x, jobs, is_int4, blocks * thread // n_threads, blocks * (thread + 1) // n_threads)
+        start, stop = blocks * thread // n_threads, blocks * (thread + 1) // n_threads
+        call_at(work, (x, jobs, is_int4, start, stop))
 
 
 @compiled()

@@ -32,13 +32,27 @@ from numpy.typing import NDArray
 
 from npllama.dtypes import PACKINGS, Array
 from npllama.kernels.activation import _KINDS
-from npllama.kernels.attend import _TILE, _UNLIMITED
+from npllama.kernels.attend import _TILE, _UNLIMITED, piece_for
 from npllama.kernels.by_address import address_of
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.jobs import FORMS
-from npllama.kernels.layer_rows import ROWS
-from npllama.kernels.layer_units import APART, MATRICES, NORMS, Plan, Shared, count_units, run_units, take_units
+from npllama.kernels.layer_rows import ROWS, Part
+from npllama.kernels.layer_units import (
+    APART,
+    MATRICES,
+    NORMS,
+    Plan,
+    Shared,
+    Works,
+    count_units,
+    enter_product,
+    multiply_unit,
+    own_of,
+    run_units,
+    take_units,
+)
 from npllama.kernels.memory import aligned
+from npllama.kernels.quantised_rows import Rows
 from npllama.kernels.tiles import _STEP, _shapes
 from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
 from npllama.kernels.vector_rows import FEW
@@ -76,6 +90,7 @@ class ThroughLayers:
         self._layers = np.array([self._addresses(layer) for layer in weights.layers], np.int64)
         self._ways = tuple(_NUMBERS if way in ways else None for way in _WAYS)
         self._most_tokens = min(_WAYS[way] for way in ways)
+        self._works: Works | None = None
         self._work: int | None = None
         self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
 
@@ -119,15 +134,27 @@ class ThroughLayers:
         plan = self._plan(len(x))
         starts, n_parts = count_units(plan, sequences, self._windows)
         shared = self._shared(x, n_parts, len(starts))
+        if self._works is None:  # the types of what is below are always the same
+            self._works = self._find_works(plan, shared, sequences)
         cos, sin = (np.ascontiguousarray(table, np.float32) for table in rope)
         arguments = (
             *(plan, shared, self._layers, self._windows, sequences, cos, sin),
-            *(_shapes(len(x)), starts, _NUMBERS, self._ways),
+            *(_shapes(len(x)), starts, _NUMBERS, self._ways, self._works),
         )
-        if self._work is None:  # the types of what is above are always the same
+        if self._work is None:
             self._work = address_of(take_units, *arguments)
         run_units(*arguments, self._work, numba.get_num_threads())
         return shared.x
+
+    def _find_works(self, plan: Plan, shared: Shared, sequences: NDArray[np.int64]) -> Works:
+        """Compile what units call, and return where it is."""
+        own, part = own_of(plan, sequences, _NUMBERS), Part(1, 1, Rows(1, 1, 1))
+        entering = plan, shared, own, self._layers[0], 1
+        return Works(
+            piece_for("float32", True),
+            address_of(enter_product, *entering, _NUMBERS, self._ways),
+            address_of(multiply_unit, *entering, 1, part, part, _NUMBERS, self._ways),
+        )
 
     def _plan(self, n_new: int) -> Plan:
         config = self._config

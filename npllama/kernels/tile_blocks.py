@@ -30,7 +30,6 @@ from numba import prange
 
 from npllama.dtypes import GROUP, Array, Tensor, n_groups
 from npllama.kernels import simd
-from npllama.kernels.dequantise import dequantised_int4, dequantised_int8
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
@@ -180,12 +179,34 @@ def _lay_out(task: Task, job: Array, row: int, step: int, steps: int, laid: Arra
             group = ((row + r) * task.steps + step + s) // 2
             scale = simd.broadcast(simd.load_one_bfloat16(job[SCALES], 2 * group))
             if task.form == _INT8:
-                a, b, c, d = dequantised_int8(job[DATA] + GROUP * group, scale)
+                a, b, c, d = _dequantised_int8(job[DATA] + GROUP * group, scale)
             else:
                 minimum = simd.broadcast(simd.load_one_bfloat16(job[MINIMA], 2 * group))
-                a, b, c, d = dequantised_int4(job[DATA] + GROUP // 2 * group, scale, minimum)
+                a, b, c, d = _dequantised_int4(job[DATA] + GROUP // 2 * group, scale, minimum)
             simd.store(laid, at + 2 * s * _TILE_NUMBERS, simd.to_bfloat16(a, b))
             simd.store(laid, at + 2 * (s + 1) * _TILE_NUMBERS, simd.to_bfloat16(c, d))
+
+
+@compiled(inline=True)
+def _dequantised_int8(data: int, scale: Any) -> Any:
+    """Return the 64 numbers of a group: ``scale · q``."""
+    return (
+        simd.multiply(simd.load_int8(data, 0), scale),
+        simd.multiply(simd.load_int8(data, 16), scale),
+        simd.multiply(simd.load_int8(data, 32), scale),
+        simd.multiply(simd.load_int8(data, 48), scale),
+    )
+
+
+@compiled(inline=True)
+def _dequantised_int4(data: int, scale: Any, minimum: Any) -> Any:
+    """Return the 64 numbers of a group: ``scale · q + minimum``."""
+    return (
+        simd.fused_multiply_add(simd.load_low_nibbles(data, 0), scale, minimum),
+        simd.fused_multiply_add(simd.load_low_nibbles(data, 16), scale, minimum),
+        simd.fused_multiply_add(simd.load_high_nibbles(data, 0), scale, minimum),
+        simd.fused_multiply_add(simd.load_high_nibbles(data, 16), scale, minimum),
+    )
 
 
 # --- products ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ A number of the output is one sum in one order, whatever the threads, the other 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numba
 import numpy as np
@@ -19,6 +20,7 @@ from numba import prange
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, OUTPUT, ROWS, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
@@ -54,7 +56,13 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     outputs : sequence of ndarray of shape (T, M), float32
     """
     jobs, item = jobs_of(weights, outputs, BLOCK), weights[0].data.itemsize
-    _multiply(lined_up(x), len(x), x.shape[1], jobs, item, numba.get_num_threads())
+    _multiply(lined_up(x), len(x), x.shape[1], jobs, item, numba.get_num_threads(), _address_of_work())
+
+
+@cache
+def _address_of_work() -> int:
+    """Return the address of `_multiply_blocks`."""
+    return address_of(_multiply_blocks, np.empty((1, 1, 1), np.float32), 1, 1, np.empty((1, 6), np.int64), 1, 1, 1)
 
 
 @compiled()
@@ -85,12 +93,15 @@ def line_up(x: Array, tokens: Array) -> None:
 
 
 @compiled(parallel=True)
-def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, item: int, n_threads: int) -> None:
-    """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end."""
+def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, item: int, n_threads: int, work: int) -> None:
+    """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end.
+
+    ``work`` is the address of `_multiply_blocks`.
+    """
     blocks = count_blocks(jobs, BLOCK)
     for thread in prange(n_threads):
         start, stop = blocks * thread // n_threads, blocks * (thread + 1) // n_threads
-        _multiply_blocks(tokens, n_new, width, jobs, item, start, stop)
+        call_at(work, (tokens, n_new, width, jobs, item, start, stop))
 
 
 @compiled()

@@ -1,40 +1,121 @@
-"""Compile every kernel before the first token needs it, so that waiting can be shown as what it is."""
+"""Compile every kernel before the first token needs it, so that waiting can be shown as what it is.
+
+Compiling takes one processor half a minute and more. So a second process compiles a share of the kernels, the first
+time that they are needed: what it leaves in the folder of compiled kernels, this one finds there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from npllama.dtypes import PACKINGS, SCALE, STORAGE, Array, Tensor, n_groups
+from npllama.kernels.jit import cache_folder
+from npllama.kernels.paths import twins
+
+Step = Callable[[], object]
+Progress = Callable[[str, int, int], None]
 
 
-def compile_kernels(
-    ops: Any,
-    dtype: str,
-    progress: Callable[[str, int, int], None] | None = None,
-    *,
-    layer_norm: bool = False,
-    gated: bool = True,
-    at_once: bool = False,
-) -> None:
-    """Call every kernel that a model needs once, with tiny arrays of the types that it brings.
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a model asks of the kernels.
 
-    Parameters
+    Attributes
     ----------
-    ops : namespace
-        The kernels, by the names of their operations.
     dtype : str
         Of the model's matrices: "float32", "bfloat16", "int8" or "int4"; with these two its vectors are float32.
-    progress : callable, optional
-        Called as ``progress("compiling kernels", done, total)``.
+    path : str or None
+        One of `npllama.kernels.features.PATHS`; None for the best one.
+    activations : str
+        One of `npllama.rounding.ACTIVATIONS`.
     layer_norm, gated : bool
         The model has LayerNorm, and not RMSNorm; its feed-forward layer has a gate.
     at_once : bool
         Its layers are run as one operation (`npllama.kernels.through_layers`).
     """
+
+    dtype: str
+    path: str | None = None
+    activations: str = "float32"
+    layer_norm: bool = False
+    gated: bool = True
+    at_once: bool = False
+
+
+def compile_kernels(needs: Needs, progress: Progress | None = None) -> None:
+    """Call every kernel that a model needs once, with tiny arrays of the types that it brings.
+
+    Parameters
+    ----------
+    needs : Needs
+    progress : callable, optional
+        Called as ``progress("compiling kernels", done, total)``.
+    """
+    mine, shared = _steps(needs)
+    total = len(mine) + len(shared)
+
+    def take(steps: Sequence[Step], done: int) -> None:
+        for number, step in enumerate(steps, done):
+            if progress is not None:
+                progress("compiling kernels", number, total)
+            step()
+
+    with _compiled_elsewhere(needs):
+        take(mine, 0)
+    take(shared, len(mine))
+    if progress is not None:
+        progress("compiling kernels", total, total)
+
+
+def compile_share(*needs: Any) -> None:
+    """Compile what another process that compiles for the same `Needs` leaves to this one."""
+    for step in _steps(Needs(*needs))[1]:
+        step()
+
+
+@contextmanager
+def _compiled_elsewhere(needs: Needs) -> Iterator[None]:
+    """Have another process compile its share, if nobody has yet; wait for it at the end.
+
+    Whether it succeeds does not matter: what it has not compiled is compiled here.
+    """
+    folder = cache_folder()
+    done = None if folder is None else folder / f"{'-'.join(map(str, _values(needs)))}.compiled"
+    if done is None or done.exists() or not sys.executable or (os.cpu_count() or 1) < 2:
+        yield
+        return
+    command = f"from npllama.kernels.warmup import compile_share; compile_share(*{_values(needs)!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(
+        [sys.executable, "-c", command], stdin=quiet, stdout=quiet, stderr=quiet, env=environment
+    ) as other:
+        try:
+            yield
+        except BaseException:
+            other.kill()
+            raise
+    if other.returncode == 0:
+        Path(done).touch()
+
+
+def _values(needs: Needs) -> tuple[Any, ...]:
+    return tuple(getattr(needs, name) for name in needs.__slots__)
+
+
+def _steps(needs: Needs) -> tuple[Sequence[Step], Sequence[Step]]:
+    """Return what calls every kernel: the products and what is small; and the rest, which takes as long."""
+    dtype, ops = needs.dtype, SimpleNamespace(**twins(needs.path, needs.activations))
 
     def stored(*shape: int) -> Tensor:
         return _zeros(dtype if len(shape) > 1 or dtype not in PACKINGS else "float32", shape)
@@ -45,26 +126,23 @@ def compile_kernels(
         return context
 
     square = np.ones((2, 2), np.float32)
-    steps: tuple[Callable[[], object], ...] = (
+    mine: tuple[Step, ...] = (
         lambda: ops.linear(square, stored(2, 2)),
         lambda: ops.linear(np.ones((1, 64), np.float32), stored(64, 64)),
         # Enough work to be shared between threads.
         lambda: ops.linear(np.ones((160, 256), np.float32), stored(256, 256)),
-        lambda: attend(1),
         (lambda: ops.layer_norm(square, stored(2), stored(2), 1e-5))
-        if layer_norm
+        if needs.layer_norm
         else (lambda: ops.rms_norm(square, stored(2), 1e-5)),
         lambda: ops.apply_rope(square[None], square[:1, :1], square[:1, :1]),
-        (lambda: ops.glu(square, square, "silu")) if gated else (lambda: ops.activate(square, "silu")),
+        (lambda: ops.glu(square, square, "silu")) if needs.gated else (lambda: ops.activate(square, "silu")),
         lambda: ops.softmax(square),
-        *([lambda: _through_one_layer(ops, stored)] if at_once else ()),
     )
-    for done, step in enumerate(steps):
-        if progress is not None:
-            progress("compiling kernels", done, len(steps))
-        step()
-    if progress is not None:
-        progress("compiling kernels", len(steps), len(steps))
+    shared: tuple[Step, ...] = (
+        lambda: attend(1),
+        *([lambda: _through_one_layer(ops, stored)] if needs.at_once else ()),
+    )
+    return mine, shared
 
 
 def _through_one_layer(ops: Any, stored: Callable[..., Tensor]) -> None:

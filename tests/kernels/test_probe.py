@@ -15,6 +15,7 @@ from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.tiles import tile_shapes
 from npllama.rounding import ACTIVATIONS
 
+needs_vectors = pytest.mark.skipif(not PATHS["avx512bf16"] <= host_features(), reason="this processor has no BF16")
 needs_amx = pytest.mark.skipif(not PATHS["amx"] <= host_features(), reason="this processor has no matrix unit")
 
 
@@ -43,6 +44,31 @@ def test_rates_are_work_by_time() -> None:
     assert probe.read_rate(np.zeros(1000, np.float32), clock(0.5)) == 8000
     threads = numba.get_num_threads()
     assert probe.multiply_add_rate(clock(0.25)) == 4 * threads * (1 << 20) * 2 * 8 * 16
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 100, 1000])
+def test_a_part_of_any_length_is_read_to_its_end(count: int) -> None:
+    numbers, sums = np.arange(count, dtype=np.float32), np.empty(1, np.float32)
+    probe._stream(numbers, sums)
+    assert sums.tolist() == [numbers.sum()]
+
+
+@needs_vectors
+@pytest.mark.parametrize(("kind", "numbers"), [(1, "uint16"), (2, "int8")])
+def test_words_are_multiplied_and_added_as_often_as_they_are_counted(kind: int, numbers: str) -> None:
+    line = np.full(64 // np.dtype(numbers).itemsize, 0x4000 if kind == 1 else 2).astype(numbers)  # 2, in either
+    found = np.empty((2, 16, 16), np.float32)
+    probe._outer_products(line.view(np.uint8), 3, kind, found)
+    begun = 0 if kind == 1 else 0x02020202  # sums of bytes begin with a word of the line
+    in_a_word = 2 if kind == 1 else 4
+    assert np.unique(found if kind == 1 else found.view(np.int32)).tolist() == [begun + 3 * in_a_word * 2 * 2]
+
+
+@needs_vectors
+@pytest.mark.parametrize(("numbers", "in_a_word"), [("uint16", 2), ("int8", 4)])
+def test_the_rate_of_words_counts_two_operations_for_every_product(numbers: str, in_a_word: int) -> None:
+    operations = 2 * 16 * 16 * in_a_word * (1 << 20) * numba.get_num_threads()
+    assert probe.word_rate(numbers, clock(0.5)) == 2 * operations
 
 
 @needs_amx
@@ -93,6 +119,9 @@ def test_whatever_runs_in_tiles_is_held_against_the_matrix_unit_and_nothing_else
         (("amx", "float32", "int4"), "the matrix unit, three digits", 4e12),
         (("amx", "bfloat16", "int4"), "the matrix unit, one part", 6e12),
         (("amx", "float32", "float32"), "vector registers", 4e11),
+        (("avx512bf16", "bfloat16", "bfloat16"), "vector registers, pairs of bfloat16", 6e12),
+        (("avx512", "bfloat16", "bfloat16"), "vector registers", 4e11),
+        (("avx512", "int8", "int4"), "vector registers, four bytes a word", 6e12),
         (("portable", "bfloat16", "bfloat16"), "vector registers", 4e11),
     ],
 )
