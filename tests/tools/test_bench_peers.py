@@ -88,7 +88,18 @@ def test_what_is_rounded_is_compared_apart() -> None:
     for entry in found["rounds"]:
         entry["npllama-bf16-rounded"] = {"prefill": 500.0, "decode": 20.0, "read": 1000.0}
     peer = next(row for row in results.rows(found) if row.engine.name == "llama.cpp")
-    assert (peer.prefill_ratio, peer.rounded_ratio) == (2, 5)
+    assert (peer.prefill_ratio, peer.rounded_prefill_ratio, peer.rounded_decode_ratio) == (2, 5, 2)
+
+
+def test_of_several_roundings_the_fastest_counts() -> None:
+    found = measured()
+    found["engines"] |= {key: {} for key in ("llama.cpp-q8_0", "npllama-int8-rounded", "npllama-int8-in-int8")}
+    for entry in found["rounds"]:
+        entry["llama.cpp-q8_0"] = {"prefill": 100.0, "decode": 10.0, "read": 1000.0}
+        entry["npllama-int8-rounded"] = {"prefill": 300.0, "decode": 10.0, "read": 1000.0}
+        entry["npllama-int8-in-int8"] = {"prefill": 200.0, "decode": 40.0, "read": 1000.0}
+    peer = next(row for row in results.rows(found) if row.engine.key == "llama.cpp-q8_0")
+    assert (peer.rounded_prefill_ratio, peer.rounded_decode_ratio) == (3, 4)
 
 
 def test_the_share_of_bandwidth_counts_weights_and_cache_by_the_read_of_the_same_round() -> None:
@@ -108,11 +119,11 @@ def test_logits_are_correlated_with_those_of_npllama() -> None:
 def test_the_text_is_a_table_that_says_what_is_missing_and_why() -> None:
     text = results.as_text(measured()).splitlines()
     assert text[0] == "A Processor, 2 threads, reading memory at 0.0 GB/s; 1b, 8 tokens of prompt, 3 rounds"
-    assert text[4] == "| npllama | bf16 | 200 |  |  | 20.0 |  | 80% | 1.0000 |"
-    assert text[5] == "| llama.cpp | BF16 | 100 | 2.00 x |  | 10.0 | 2.00 x | 80% | -1.0000 |"
-    assert text[6] == ("| torch | bf16 | not available: ModuleNotFoundError: No module named 'torch' | | | | | | |")
+    assert text[4] == "| npllama | bf16 | 200 |  |  | 20.0 |  |  | 80% | 1.0000 |"
+    assert text[5] == "| llama.cpp | BF16 | 100 | 2.00 x |  | 10.0 | 2.00 x |  | 80% | -1.0000 |"
+    assert text[6] == ("| torch | bf16 | not available: ModuleNotFoundError: No module named 'torch' | | | | | | | |")
     assert text[-2:] == ["- npllama 1", "- llama.cpp 2"]
-    assert {line.count("|") for line in text[2:7]} == {10}
+    assert {line.count("|") for line in text[2:7]} == {11}
 
 
 def test_the_json_holds_the_table_and_what_it_was_made_of() -> None:

@@ -50,7 +50,7 @@ class Engine:
     @property
     def rounds(self) -> bool:
         """Whether it is npllama with rounded activations."""
-        return self.name == OWN and self.dtype == "bfloat16"
+        return self.name == OWN and self.dtype != "float32"
 
 
 OWN = "npllama"
@@ -64,10 +64,12 @@ ENGINES = {
         Engine("torch", "bf16", 16, "torch", "hf", "bfloat16"),
         Engine(OWN, "int8", 8, OWN, "npllama-int8", "float32"),
         Engine(OWN, "int8 rounded", 8, OWN, "npllama-int8", "bfloat16"),
+        Engine(OWN, "int8 in int8", 8, OWN, "npllama-int8", "int8"),
         Engine("llama.cpp", "Q8_0", 8, "llamacpp", "Q8_0.gguf"),
         Engine("OpenVINO", "int8", 8, "openvino", "openvino-8"),
         Engine(OWN, "int4", 4, OWN, "npllama-int4", "float32"),
         Engine(OWN, "int4 rounded", 4, OWN, "npllama-int4", "bfloat16"),
+        Engine(OWN, "int4 in int8", 4, OWN, "npllama-int4", "int8"),
         Engine("llama.cpp", "Q4_0", 4, "llamacpp", "Q4_0.gguf"),
         Engine("llama.cpp", "Q4_K_M", 4, "llamacpp", "Q4_K_M.gguf"),
         Engine("OpenVINO", "int4", 4, "openvino", "openvino-4"),

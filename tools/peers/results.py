@@ -30,8 +30,8 @@ class Row:
         Tokens per second, median over the rounds.
     prefill_ratio, decode_ratio : float or None
         npllama at as many bits by this engine: above 1 npllama is faster. Median over the rounds that had both.
-    rounded_ratio : float or None
-        The same for the prefill of npllama with rounded activations.
+    rounded_prefill_ratio, rounded_decode_ratio : float or None
+        The same for npllama with rounded activations: in bfloat16 or int8, whichever was faster.
     share : float or None
         Of the memory bandwidth that decoding took, median over the rounds.
     agreement : float or None
@@ -45,7 +45,8 @@ class Row:
     decode: float | None
     prefill_ratio: float | None
     decode_ratio: float | None
-    rounded_ratio: float | None
+    rounded_prefill_ratio: float | None
+    rounded_decode_ratio: float | None
     share: float | None
     agreement: float | None
     unavailable: str | None
@@ -54,14 +55,17 @@ class Row:
 def rows(results: Results) -> list[Row]:
     """Return a row for every engine that was asked for, in the order of the table of engines."""
     own = {engine.bits: key for key, engine in ENGINES.items() if engine.name == OWN and not engine.rounds}
-    rounding = {engine.bits: key for key, engine in ENGINES.items() if engine.rounds}
+    rounding: dict[int, list[str]] = {}
+    for key, engine in ENGINES.items():
+        if engine.rounds:
+            rounding.setdefault(engine.bits, []).append(key)
     reference = _reference(results)
     return [
         Row(
             engine,
             *(_typical(entry[key][phase] for entry in results["rounds"] if key in entry) for phase in _PHASES),
             *(_ratio(results, own[engine.bits], key, phase) for phase in _PHASES),
-            _ratio(results, rounding.get(engine.bits, ""), key, "prefill"),
+            *(_best_ratio(results, rounding.get(engine.bits, ()), key, phase) for phase in _PHASES),
             _share(results, key),
             _correlation(reference, results["engines"][key].get("logits")),
             results["engines"][key].get("unavailable"),
@@ -103,13 +107,14 @@ def as_text(results: Results) -> str:
     """Return the table in Markdown, with a line on the machine above it and the engines' versions below."""
     machine = results["machine"]
     bandwidth = _bandwidth(results)
+    phases = " | ".join(f"{phase} tok/s | npllama is | rounded" for phase in _PHASES)
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads"
         + (f", reading memory at {bandwidth / 1e9:.1f} GB/s" if bandwidth else "")
         + f"; {results['shape']}, {results['prompt']} tokens of prompt, {len(results['rounds'])} rounds",
         "",
-        "| engine | weights | prefill tok/s | npllama is | rounded | decode tok/s | npllama is | bandwidth | logits |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| engine | weights | {phases} | bandwidth | logits |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows(results)),
         "",
     ]
@@ -120,16 +125,21 @@ def as_text(results: Results) -> str:
 def _line(row: Row) -> str:
     head = f"| {row.engine.name} | {row.engine.format} |"
     if row.unavailable is not None:
-        return f"{head} not available: {row.unavailable} | | | | | | |"
+        return f"{head} not available: {row.unavailable} | | | | | | | |"
     ratios = [
         "" if ratio is None or row.engine.name == OWN else f"{ratio:.2f} x"
-        for ratio in (row.prefill_ratio, row.rounded_ratio, row.decode_ratio)
+        for ratio in (
+            row.prefill_ratio,
+            row.rounded_prefill_ratio,
+            row.decode_ratio,
+            row.rounded_decode_ratio,
+        )
     ]
     cells = (
         _speed(row.prefill),
         *ratios[:2],
         _speed(row.decode),
-        ratios[2],
+        *ratios[2:],
         "" if row.share is None else f"{row.share:.0%}",
         "" if row.agreement is None else f"{row.agreement:.4f}",
     )
@@ -148,6 +158,10 @@ def _typical(values: Iterable[float]) -> float | None:
 def _ratio(results: Results, own: str, key: str, phase: str) -> float | None:
     both = (entry for entry in results["rounds"] if own in entry and key in entry)
     return _typical(entry[own][phase] / entry[key][phase] for entry in both)
+
+
+def _best_ratio(results: Results, own: Iterable[str], key: str, phase: str) -> float | None:
+    return max(filter(None, (_ratio(results, mine, key, phase) for mine in own)), default=None)
 
 
 def _share(results: Results, key: str) -> float | None:
