@@ -207,7 +207,7 @@ def test_a_wrong_constant_differs_first_at_its_tap(
 
 
 def test_once_something_differs_the_first_tensor_above_the_noise_is_where_it_began(reference: Any, truth: Any) -> None:
-    slight = {("layers.0.v", 0): lambda x: x * np.float32(1 + 1e-6)}
+    slight = {("layers.0.v", 0): lambda x: x * np.float32(1 + 1.25e-6)}
     assert compare(edited(reference, slight), reference, truth).verdict == "cannot tell"
     report = compare(edited(reference, {**slight, ("layers.1.up", 0): lambda x: x * np.float32(1.1)}), reference, truth)
     assert (report.verdict, report.first_divergence, report.step) == ("differs", "layers.0.v", 0)
@@ -373,12 +373,13 @@ def test_the_graver_of_two_answers_counts() -> None:
     fine, odd, bad = 1.0, found.token.match * 2, found.token.differs * 2
     typical = found.typical
     assert found.judge(fine, None) == found.judge(fine, fine) == "match"
-    assert found.judge(odd, fine) == found.judge(fine, typical.match * 2) == "cannot tell"
+    assert found.judge(odd, fine) == found.judge(fine, typical.match * 1.01) == "cannot tell"
     assert found.judge(bad, fine) == found.judge(fine, typical.differs * 2) == found.judge(odd, bad) == "differs"
 
 
 def test_between_the_thresholds_nobody_can_tell(reference: Any, truth: Any) -> None:
-    middle = 3 * limits("float32", measured=True).typical.match
+    typical = limits("float32", measured=True).typical
+    middle = np.sqrt(typical.match * typical.differs)
 
     def worse(x: Any) -> Any:
         exact = truth.read("norm")
