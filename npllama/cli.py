@@ -188,7 +188,7 @@ def _add_engine(command: argparse.ArgumentParser, *, exact: bool = False) -> Non
         choices=("float32", "bfloat16", "int8"),
         default="float32",
         help="what the inputs of products are rounded to: float32 is exact; bfloat16, as other engines have it, makes "
-        "long prompts up to 2.6 times as fast where the processor has a unit for it; int8, in groups of 64, is what "
+        "long prompts about twice as fast where the processor has a unit for it; int8, in groups of 64, is what "
         "others multiply integer weights by (default: float32)",
     )
 
