@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-from numba import prange
 
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor
 from npllama.kernels import simd
-from npllama.kernels.by_address import address_of, call_at
+from npllama.kernels.by_address import address_of
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
+from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, job_of, jobs_of
 from npllama.kernels.memory import aligned
+from npllama.kernels.quantised_dots import BLOCK, multiply_in_parts
 from npllama.kernels.quantised_rows import Rows, rows_at
 from npllama.kernels.rounded import int8_step
 from npllama.kernels.simd_quantised import (
@@ -38,8 +38,6 @@ from npllama.kernels.simd_quantised import (
 from npllama.kernels.simd_sums import add_products_at, inner_bytes, inner_nibbles, no_sums, store_totals
 from npllama.kernels.vector_rows import tokens_of
 
-#: Rows of a matrix that a thread takes at a time.
-_BLOCK = 16
 _LANES = 16
 _LINE = 64
 #: Numbers of tokens that rows are multiplied with at once, see `npllama.kernels.vector_rows.tokens_of`.
@@ -80,7 +78,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     outputs : sequence of ndarray of shape (T, M), float32
     """
     is_int4 = PACKINGS[weights[0].dtype].has_minima
-    _multiply(x, jobs_of(weights, outputs, _BLOCK), is_int4, numba.get_num_threads(), _address_of_work())
+    multiply_in_parts(x, jobs_of(weights, outputs, BLOCK), is_int4, numba.get_num_threads(), _address_of_work())
 
 
 @cache
@@ -89,27 +87,18 @@ def _address_of_work() -> int:
     return address_of(_multiply_blocks, np.empty((1, 1), np.float32), np.empty((1, 6), np.int64), True, 1, 1)
 
 
-@compiled(parallel=True)
-def _multiply(x: Array, jobs: Array, is_int4: bool, n_threads: int, work: int) -> None:
-    """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end."""
-    blocks = count_blocks(jobs, _BLOCK)
-    for thread in prange(n_threads):
-        start, stop = blocks * thread // n_threads, blocks * (thread + 1) // n_threads
-        call_at(work, (x, jobs, is_int4, start, stop))
-
-
 @compiled()
 def _multiply_blocks(x: Array, jobs: Array, is_int4: bool, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop`` by all tokens."""
     groups, count = (x.shape[1] + GROUP - 1) // GROUP, tokens_of(x.shape[0])
     room = aligned(tokens_bytes(groups, count), np.empty(0, np.int8))
     tokens = round_tokens(x, is_int4, room)
-    block_sums = np.empty((_BLOCK, count), np.float32)
+    block_sums = np.empty((BLOCK, count), np.float32)
     for block in range(start, stop):
-        job, first = job_of(jobs, block, _BLOCK)
+        job, first = job_of(jobs, block, BLOCK)
         rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), first, groups, is_int4)
-        n_rows = min(_BLOCK, job[ROWS] - first)
-        ahead = rows_at(rows, _BLOCK, groups, is_int4)
+        n_rows = min(BLOCK, job[ROWS] - first)
+        ahead = rows_at(rows, BLOCK, groups, is_int4)
         multiply_rows(rows, n_rows, groups, is_int4, tokens, count, ahead, np.int64(block_sums.ctypes.data))
         for t in range(x.shape[0]):
             for r in range(n_rows):

@@ -20,7 +20,7 @@ from npllama.kernels.memory import aligned
 from npllama.kernels.quantised_rows import Rows, multiply_rows, rows_at, take_apart, token_at, token_bytes
 
 #: Rows of a matrix that a thread takes at a time.
-_BLOCK = 16
+BLOCK = 16
 
 
 def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
@@ -38,7 +38,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     A number of the output is one sum in one order, whatever the threads and the other tokens.
     """
     is_int4 = PACKINGS[weights[0].dtype].has_minima
-    _multiply(x, jobs_of(weights, outputs, _BLOCK), is_int4, numba.get_num_threads(), _address_of_work())
+    multiply_in_parts(x, jobs_of(weights, outputs, BLOCK), is_int4, numba.get_num_threads(), _address_of_work())
 
 
 @cache
@@ -48,9 +48,12 @@ def _address_of_work() -> int:
 
 
 @compiled(parallel=True)
-def _multiply(x: Array, jobs: Array, is_int4: bool, n_threads: int, work: int) -> None:
-    """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end."""
-    blocks = count_blocks(jobs, _BLOCK)
+def multiply_in_parts(x: Array, jobs: Array, is_int4: bool, n_threads: int, work: int) -> None:
+    """Multiply all blocks; each thread reads one contiguous part of all matrices, laid end to end.
+
+    ``work`` is the address of what multiplies some blocks: `_multiply_blocks`, or the like.
+    """
+    blocks = count_blocks(jobs, BLOCK)
     for thread in prange(n_threads):
         start, stop = blocks * thread // n_threads, blocks * (thread + 1) // n_threads
         call_at(work, (x, jobs, is_int4, start, stop))
@@ -65,12 +68,12 @@ def _multiply_blocks(x: Array, jobs: Array, is_int4: bool, start: int, stop: int
     for t in range(x.shape[0]):
         take_apart(x[t], is_int4, room[t * size : (t + 1) * size])
     for block in range(start, stop):
-        job, first = job_of(jobs, block, _BLOCK)
+        job, first = job_of(jobs, block, BLOCK)
         rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), first, groups, is_int4)
         m, output = job[ROWS], job[OUTPUT] + 4 * first
-        ahead = rows_at(rows, _BLOCK, groups, is_int4)
+        ahead = rows_at(rows, BLOCK, groups, is_int4)
         for t in range(x.shape[0]):
             token = token_at(room.ctypes.data + t * size, groups, is_int4)
-            multiply_rows(rows, min(_BLOCK, m - first), groups, is_int4, token, ahead, output + 4 * t * m)
+            multiply_rows(rows, min(BLOCK, m - first), groups, is_int4, token, ahead, output + 4 * t * m)
             ahead = rows  # once is enough
     room[0] = 0  # Numba frees an array behind its last use, and an address is none

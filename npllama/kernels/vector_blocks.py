@@ -88,11 +88,10 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind
     ----------
     x : ndarray of shape (T, N), float32
     weights : sequence of Tensor of shape (M, N)
-        All of one storage type: int8 or int4 for BYTES, any for the others. M may differ.
+        All of one storage type: any for FLOATS, any but float32 for PAIRS, int8 or int4 for BYTES. M may differ.
     outputs : sequence of ndarray of shape (T, M), float32
     kind : int
-        FLOATS is as exact as float32, but for weights of int4 that are rounded to it. PAIRS rounds the input, and
-        weights that are no bfloat16, to bfloat16. BYTES rounds the input to int8, see `npllama.rounding`.
+        FLOATS rounds nothing but sums, PAIRS the input to bfloat16, and BYTES to int8; see `npllama.rounding`.
     """
     n_new, width = x.shape
     passes = -(-n_new // _TOKENS)
