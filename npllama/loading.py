@@ -49,8 +49,8 @@ def load(
         What the input of every product with weights is rounded to, see `npllama.rounding`. float32 is exact. bfloat16,
         which is what other engines compute in, makes long prompts about twice as fast where the processor has a unit
         for it. Where that is a matrix unit, integer weights are then rounded to bfloat16, too, if more than 16 tokens
-        meet them. int8, in groups of 64, is what other engines multiply integer weights by: three times as fast with
-        AVX-512. It costs more, and leaves all weights as they are.
+        meet them. int8, in groups of 64, is what other engines multiply integer weights by: two to three times as fast
+        with AVX-512. It costs more, and leaves all weights as they are.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
     progress : callable, optional

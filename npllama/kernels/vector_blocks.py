@@ -93,6 +93,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind
     kind : int
         FLOATS rounds nothing but sums, PAIRS the input to bfloat16, and BYTES to int8; see `npllama.rounding`.
     """
+    x = np.ascontiguousarray(x)
     n_new, width = x.shape
     passes = -(-n_new // _TOKENS)
     panels = -(-n_new // (passes * SIDE))

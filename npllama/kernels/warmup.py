@@ -10,9 +10,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,19 +93,31 @@ def _compiled_elsewhere(needs: Needs) -> Iterator[None]:
     if done is None or done.exists() or not sys.executable or (os.cpu_count() or 1) < 2:
         yield
         return
-    command = f"from npllama.kernels.warmup import compile_share; compile_share(*{_values(needs)!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(
-        [sys.executable, "-c", command], stdin=quiet, stdout=quiet, stderr=quiet, env=environment
-    ) as other:
+    other = _started(needs)
+    if other is None:
+        yield
+        return
+    with other:
         try:
             yield
         except BaseException:
             other.kill()
             raise
     if other.returncode == 0:
-        Path(done).touch()
+        with suppress(OSError):  # a full disk: it is asked again then
+            done.touch()
+
+
+def _started(needs: Needs) -> subprocess.Popen[bytes] | None:
+    """Start the other process, or return None where the system does not let us."""
+    command = f"from npllama.kernels.warmup import compile_share; compile_share(*{_values(needs)!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    quiet = subprocess.DEVNULL
+    with suppress(OSError):
+        return subprocess.Popen(
+            [sys.executable, "-c", command], stdin=quiet, stdout=quiet, stderr=quiet, env=environment
+        )
+    return None
 
 
 def _values(needs: Needs) -> tuple[Any, ...]:

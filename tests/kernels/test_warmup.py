@@ -80,6 +80,20 @@ def test_where_nothing_can_be_shared_nobody_is_asked(
     assert started == [0]
 
 
+def test_where_no_process_can_be_started_everything_is_compiled_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*command: Any, **options: Any) -> None:
+        raise OSError("no process")
+
+    monkeypatch.setattr(warmup.subprocess, "Popen", refused)
+    monkeypatch.setattr(warmup.os, "cpu_count", lambda: 2)
+    seen: list[tuple[str, int, int]] = []
+    compile_kernels(NEEDS, lambda *step: seen.append(step))
+    assert seen[-1][1] == seen[-1][2] > 0
+    assert not list(folder.iterdir())
+
+
 def test_who_is_interrupted_leaves_no_process_behind(
     folder: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
