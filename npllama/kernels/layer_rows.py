@@ -37,9 +37,8 @@ _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
-_LANES = 16
-#: Rows that are fetched before their turn.
-_AHEAD = 8
+#: Bytes of a bfloat16.
+_ITEM = 2
 
 
 class Part(NamedTuple):
@@ -80,7 +79,8 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool) -> Inputs:
     groups, count = (widest + GROUP - 1) // GROUP, vector_rows.tokens_of(n_new)
     size = max(token_bytes(groups, False), token_bytes(groups, True))
     size = max(size, byte_rows.tokens_bytes(groups, count))
-    lines = aligned((widest + _LANES - 1) // _LANES * count * _LANES, like)
+    numbers = vector_rows.numbers_of_a_line(_ITEM)
+    lines = aligned((widest + numbers - 1) // numbers * count * numbers, like)
     return Inputs(
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
         lines,
@@ -224,9 +224,10 @@ def _multiply_part(
 
 @compiled(inline=True)
 def _lines_of(inputs: Inputs, n_new: int, width: int) -> Array:
-    """Return the room of tokens for `npllama.kernels.vector_rows`: (steps, tokens, 16)."""
-    count, steps = vector_rows.tokens_of(n_new), (width + _LANES - 1) // _LANES
-    lines: Array = inputs.lines[: steps * count * _LANES].reshape(steps, count, _LANES)
+    """Return the room of tokens for `npllama.kernels.vector_rows`: (lines, tokens, numbers of a line)."""
+    count, numbers = vector_rows.tokens_of(n_new), vector_rows.numbers_of_a_line(_ITEM)
+    n_lines = (width + numbers - 1) // numbers
+    lines: Array = inputs.lines[: n_lines * count * numbers].reshape(n_lines, count, numbers)
     return lines
 
 
@@ -238,7 +239,7 @@ def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahea
     for first in range(0, ROWS, half):
         rows = part.rows.data + row * first
         coming, size = (ahead.rows.data, _row_bytes(ahead)) if first else (rows + half * row, row)
-        vector_rows.multiply_block(rows, part.width, np.int64(2), lines, coming, _AHEAD * size, inputs.scratch)
+        vector_rows.multiply_block(rows, part.width, np.int64(2), lines, coming, size, inputs.scratch)
         _turn(inputs.scratch, lines.shape[1], n_new, block, first, half)
 
 

@@ -59,6 +59,8 @@ class Plan(NamedTuple):
     ----------
     n_new, dim, n_heads, n_kv_heads, head_dim, hidden_dim, n_layers : int
         T, D, H, K, Dh, F, L.
+    n_threads : int
+        Threads that there are.
     activation : int
         Its number in `npllama.kernels.activation`.
     has_qk_norm, rounds : bool
@@ -74,6 +76,7 @@ class Plan(NamedTuple):
     head_dim: int
     hidden_dim: int
     n_layers: int
+    n_threads: int
     activation: int
     has_qk_norm: bool
     rounds: bool
@@ -204,7 +207,8 @@ def take_units(
         ahead = ahead_too = no_part()
         if following < starts[-1]:
             later = _phase_of(following, later, starts)
-            ahead, ahead_too = _parts_of(plan, layers[later // _PHASES], later % _PHASES, following - starts[later])
+            block = _block_of(plan, following, later, starts)
+            ahead, ahead_too = _parts_of(plan, layers[later // _PHASES], later % _PHASES, block)
         _await(plan, shared.counters, layer, kind, phase, unit, starts)
         if entered != phase:
             entered = phase
@@ -232,7 +236,7 @@ def take_units(
             where = shared.turned, own.sequences, line, group, plan.scale, window, like, None
             call_at(works.attend, (*where, *room))
         else:
-            block = unit - starts[phase]
+            block = _block_of(plan, unit, phase, starts)
             call_at(works.rows, (plan, shared, own, layer, kind, block, ahead, ahead_too, like, ways))
         fetch_add(shared.counters, APART * (phase + 1), 1)
         unit = following
@@ -258,6 +262,18 @@ def _phase_of(unit: int, phase: int, starts: Array) -> int:
     while starts[phase + 1] <= unit:
         phase += 1
     return phase
+
+
+@compiled()
+def _block_of(plan: Plan, unit: int, phase: int, starts: Array) -> Any:
+    """Return which rows a unit of a phase has, counted in units.
+
+    Each thread in turn begins with the rows of a part of its own, and the next unit's rows come behind those: so what a
+    thread reads is one stream, as long as all are equally fast.
+    """
+    here, n_units = unit - starts[phase], starts[phase + 1] - starts[phase]
+    part, place = here % plan.n_threads, here // plan.n_threads
+    return part * (n_units // plan.n_threads) + min(part, n_units % plan.n_threads) + place
 
 
 @compiled()
@@ -299,7 +315,7 @@ def _await(plan: Plan, counters: Array, layer: Array, kind: int, phase: int, uni
     """Wait until the phase before a unit's is finished; meanwhile fetch the unit's weights from memory."""
     if phase == 0 or load_acquire(counters, APART * phase) == starts[phase] - starts[phase - 1]:
         return
-    first, second = _parts_of(plan, layer, kind, unit - starts[phase])
+    first, second = _parts_of(plan, layer, kind, _block_of(plan, unit, phase, starts))
     fetch(first)
     fetch(second)
     while load_acquire(counters, APART * phase) < starts[phase] - starts[phase - 1]:

@@ -6,7 +6,7 @@ several times. Places in memory are addresses (int64). Nothing is checked.
 
 Of sixteen outputs of one token after another a **column** is a vector: its lanes are rows of a matrix, and each number
 of the input meets all of them (`outer_floats` and its kin). Of rows times tokens whose lanes are parts of one sum, to
-be added up at the end, each vector of the input meets some rows (`inner_floats`).
+be added up at the end, each vector of the input meets some rows (`inner_lines`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from npllama.kernels.llvm import (
 _tuple: Any = types.UniTuple
 
 _LINE = 64
-_HALF_LINE = ir.VectorType(ir.IntType(16), 16)
 
 
 def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
@@ -243,12 +242,16 @@ def _add_pair(builder: Any, total: Any, weights: Any, pair: Any) -> Any:
 
 def _add_pair_in_two(builder: Any, total: Any, weights: Any, pair: Any) -> Any:
     """Do `_add_pair` with float32: a bfloat16 is the upper half of one."""
-    upper = [builder.and_(vector, ir.Constant(INT_VECTOR, [-65536] * 16)) for vector in (weights, pair)]
-    lower = [builder.shl(vector, ir.Constant(INT_VECTOR, [16] * 16)) for vector in (weights, pair)]
-    for part in (upper, lower):
+    for part in reversed([*zip(_halves(builder, weights), _halves(builder, pair), strict=True)]):
         factors = (builder.bitcast(vector, FLOAT_VECTOR) for vector in part)
         total = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
     return total
+
+
+def _halves(builder: Any, words: Any) -> list[Any]:
+    """Return the lower and the upper bfloat16 of words, as the bits of float32."""
+    lower = builder.shl(words, ir.Constant(INT_VECTOR, [16] * 16))
+    return [lower, builder.and_(words, ir.Constant(INT_VECTOR, [-65536] * 16))]
 
 
 @intrinsic
@@ -266,37 +269,38 @@ def outer_bytes(context: Any, sums: Any, weights: Any, x: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def inner_floats(
-    context: Any, sums: Any, rows: Any, item_bytes: Any, weights: Any, row_bytes: Any, x: Any, token_bytes: Any
-) -> Any:
-    """``inner_floats(sums, rows, item_bytes, weights, row_bytes, x, token_bytes)``: add sixteen products to each sum.
+def inner_lines(context: Any, sums: Any, rows: Any, item_bytes: Any, weights: Any, row_bytes: Any, x: Any) -> Any:
+    """``inner_lines(sums, rows, item_bytes, weights, row_bytes, x)``: add the products of a line to each sum.
 
-    The sums of a row are those of each token in turn. Of literally so many rows, ``row_bytes`` apart, sixteen numbers
-    are multiplied with sixteen of each token, ``token_bytes`` apart, in float32. ``item_bytes`` is 4 for float32 rows
-    and 2 for bfloat16. VPMOVZXWD, VPSLLD, VFMADD231PS.
+    The sums of a row are those of each token in turn. Of literally so many rows, ``row_bytes`` apart, 64 bytes are
+    multiplied with as many numbers of each token, one token behind the other, in float32. ``item_bytes`` is 4 for
+    float32 rows. It is 2 for bfloat16, of which those with even places, and their tokens' numbers, come first.
+    VPSLLD, VPANDD, VFMADD231PS.
     """
     n_rows, item = rows.literal_value, item_bytes.literal_value
-    n_tokens = sums.count // n_rows
+    n_tokens, parts = sums.count // n_rows, 4 // item
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, _, _, weights, row_bytes, x, token_bytes = arguments
+        tile, _, _, weights, row_bytes, x = arguments
 
-        def row(number: int) -> Any:
-            place = _apart(builder, weights, row_bytes, number)
-            if item == 4:
-                return _load(builder, place, 0, FLOAT_VECTOR)
-            wide = builder.zext(_load(builder, place, 0, _HALF_LINE), INT_VECTOR)
-            return builder.bitcast(builder.shl(wide, ir.Constant(INT_VECTOR, [16] * 16)), FLOAT_VECTOR)
+        def line(row: int) -> list[Any]:
+            words = _load(builder, _apart(builder, weights, row_bytes, row), 0, INT_VECTOR)
+            vectors = [words] if item == 4 else _halves(builder, words)
+            return [builder.bitcast(vector, FLOAT_VECTOR) for vector in vectors]
 
-        vectors = [row(r) for r in range(n_rows)]
-        tokens = [_load(builder, _apart(builder, x, token_bytes, t), 0, FLOAT_VECTOR) for t in range(n_tokens)]
+        lines = [line(row) for row in range(n_rows)]
+        tokens = [_load(builder, x, _LINE * i, FLOAT_VECTOR) for i in range(parts * n_tokens)]
 
         def change(i: int, total: Any) -> Any:
-            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vectors[i // n_tokens], tokens[i % n_tokens], total)
+            row, token = divmod(i, n_tokens)
+            for part in range(parts):
+                factors = lines[row][part], tokens[parts * token + part]
+                total = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
+            return total
 
         return _changed(context, builder, sums, tile, change)
 
-    return sums(sums, rows, item_bytes, *[types.int64] * 4), code
+    return sums(sums, rows, item_bytes, *[types.int64] * 3), code
 
 
 @intrinsic

@@ -166,6 +166,7 @@ class ThroughLayers:
             config.head_dim,
             config.hidden_dim,
             config.n_layers,
+            numba.get_num_threads(),
             _KINDS[config.activation],
             config.qk_norm == "head",
             self._rounds,

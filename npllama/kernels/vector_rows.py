@@ -1,10 +1,15 @@
 """Products of one token, or a few, with float32 and bfloat16 weights in vector registers of 512 bits.
 
-A row of a matrix times a token is one sum, in sixteen parts: the lanes of a vector, which are added up at the end. A
-**band** of rows meets all tokens at once (`npllama.kernels.simd_sums`), so that a number which was loaded is multiplied
-several times. Sixteen rows are a **block**; several tokens pass by it in **chunks** that stay in the first-level cache,
-and between chunks the sums wait in memory. Meanwhile the band that comes next is fetched: the processor by itself looks
-no further than a page.
+A row of a matrix is taken line by line, 64 bytes at a time. A line of float32 is a vector. One of bfloat16 is two: the
+lower halves of its words of 32 bits, the numbers with even places, and the upper halves, those with odd ones; each is a
+float32 but for zeros. So the tokens lie by lines as well, the even numbers of a line before the odd ones. A row times a
+token is one sum, in sixteen parts: the lanes of a vector, which are added up at the end.
+
+One token waits for memory alone. Rows go by as they lie there, a single stream, and each line is asked for four pages
+early; only a token too wide for the first-level cache is not taken again for every row. That one, and several tokens,
+meet a **band** of rows at once (`npllama.kernels.simd_sums`), so that a number which was loaded is multiplied several
+times; the band that comes next is fetched meanwhile. Sixteen rows are a **block**. Several tokens pass by it in
+**chunks** that stay in the first-level cache, and between chunks the sums wait in memory.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
 """
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -25,7 +31,7 @@ from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, OUTPUT, ROWS, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_quantised import load_one_byte
-from npllama.kernels.simd_sums import inner_floats, store_sums, store_totals, sums_at
+from npllama.kernels.simd_sums import inner_lines, no_sums, store_sums, store_totals, sums_at
 
 #: Tokens at most.
 FEW = 8
@@ -36,11 +42,14 @@ _LANES = 16
 _LINE = 64
 #: Numbers of all tokens in a chunk: 16 kB.
 _CHUNK = 4096
-#: Tokens that a band meets, and its rows: sixteen sums, or eight.
-_ONE, _ROWS_OF_ONE = 1, 8
-_FOUR, _ROWS_OF_FOUR = 4, 4
-_EIGHT, _ROWS_OF_EIGHT = 8, 2
-_SUMS_OF_ONE, _SUMS = 8, 16
+#: How many bytes before its turn a line is fetched for one token: four pages.
+_EARLY = 1 << 14
+#: Numbers of one token that leave room in the first-level cache, 16 kB.
+_NARROW = 4096
+#: Sums of a band of several tokens, and rows of a band of one.
+_SUMS, _ROWS_OF_ONE = 16, 8
+#: Numbers of tokens that rows are multiplied with.
+_ONE, _FOUR, _EIGHT = 1, 4, 8
 _BFLOAT16_BYTES, _FLOAT32_BYTES = 2, 4
 
 
@@ -56,7 +65,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     outputs : sequence of ndarray of shape (T, M), float32
     """
     jobs, item = jobs_of(weights, outputs, BLOCK), weights[0].data.itemsize
-    _multiply(lined_up(x), len(x), x.shape[1], jobs, item, numba.get_num_threads(), _address_of_work())
+    _multiply(lined_up(x, item), len(x), x.shape[1], jobs, item, numba.get_num_threads(), _address_of_work())
 
 
 @cache
@@ -72,11 +81,21 @@ def tokens_of(n_new: int) -> int:
 
 
 @compiled()
-def lined_up(x: Array) -> Array:
-    """Return tokens x (T, N) as `multiply_block` takes them: (steps, tokens, 16), with zeros behind the last."""
+def numbers_of_a_line(item: int) -> int:
+    """Return how many numbers of so many bytes 64 bytes are."""
+    return _LINE // item
+
+
+@compiled()
+def lined_up(x: Array, item: int) -> Array:
+    """Return tokens x (T, N) as `multiply_block` takes them, for weights of 2 or 4 bytes, with zeros behind the last.
+
+    The shape is (lines, tokens, numbers of a line).
+    """
     n_new, width = x.shape
-    count, steps = tokens_of(n_new), (width + _LANES - 1) // _LANES
-    tokens = aligned(steps * count * _LANES, x).reshape(steps, count, _LANES)
+    count, numbers = tokens_of(n_new), numbers_of_a_line(item)
+    lines = (width + numbers - 1) // numbers
+    tokens = aligned(lines * count * numbers, x).reshape(lines, count, numbers)
     line_up(x, tokens)
     return tokens
 
@@ -85,11 +104,17 @@ def lined_up(x: Array) -> Array:
 def line_up(x: Array, tokens: Array) -> None:
     """Do `lined_up` to room that is there."""
     n_new, width = x.shape
-    tokens[:] = 0
+    numbers = tokens.shape[2]
+    parts = numbers // _LANES  # even and odd numbers, or all
+    whole = width // numbers
+    tokens[:, n_new:], tokens[whole:] = 0, 0
     for t in range(n_new):
-        for s in range(tokens.shape[0]):
-            for j in range(min(_LANES, width - _LANES * s)):
-                tokens[s, t, j] = x[t, _LANES * s + j]
+        for line in range(whole):
+            for part in range(parts):
+                for i in range(_LANES):
+                    tokens[line, t, part * _LANES + i] = x[t, numbers * line + i * parts + part]
+        for j in range(width - numbers * whole):
+            tokens[whole, t, j % parts * _LANES + j // parts] = x[t, numbers * whole + j]
 
 
 @compiled(parallel=True)
@@ -112,7 +137,7 @@ def _multiply_blocks(tokens: Array, n_new: int, width: int, jobs: Array, item: i
         job, first = job_of(jobs, block, BLOCK)
         row = min(first, job[ROWS] - BLOCK)
         rows, pitch = job[DATA] + item * width * row, item * width
-        multiply_block(rows, width, item, tokens, rows + BLOCK * pitch, _ROWS_OF_ONE * pitch, scratch)
+        multiply_block(rows, width, item, tokens, rows + BLOCK * pitch, pitch, scratch)
         for t in range(n_new):
             for r in range(BLOCK):
                 simd.store_one(job[OUTPUT] + 4 * (t * job[ROWS] + row), 4 * r, scratch[r * tokens.shape[1] + t])
@@ -120,20 +145,18 @@ def _multiply_blocks(tokens: Array, n_new: int, width: int, jobs: Array, item: i
 
 @compiled()
 def scratch_for(tokens: Array) -> Array:
-    """Return the room that `multiply_block` needs: the products, then sums in sixteen parts."""
+    """Return the room that `multiply_block` needs: products, sums in sixteen parts, and last lines."""
     return aligned(scratch_size(tokens.shape[1]), tokens)
 
 
 @compiled()
 def scratch_size(count: int) -> int:
     """Return how many numbers that is, for so many tokens."""
-    return BLOCK * count * (1 + _LANES)
+    return BLOCK * (count * (1 + _LANES) + _LANES)
 
 
 @compiled()
-def multiply_block(
-    rows: int, width: int, item: int, tokens: Array, ahead: int, ahead_bytes: int, scratch: Array
-) -> None:
+def multiply_block(rows: int, width: int, item: int, tokens: Array, ahead: int, ahead_row: int, scratch: Array) -> None:
     """Fill the beginning of ``scratch`` with the products of sixteen rows and all tokens, row by row.
 
     Parameters
@@ -144,61 +167,112 @@ def multiply_block(
         N.
     item : int
         Bytes of a number: 2 for bfloat16, 4 for float32.
-    tokens : ndarray of shape (steps, 1 or 4 or 8, 16), float32
+    tokens : ndarray of shape (lines, 1 or 4 or 8, 16 or 32), float32
         From `lined_up`.
-    ahead, ahead_bytes : int
-        What is fetched from memory with the last band; with the others, it is the band that comes next.
+    ahead, ahead_row : int
+        What is multiplied next, and the bytes of a row there; its beginning is fetched from memory meanwhile.
     scratch : ndarray, float32
         From `scratch_for`.
     """
-    count, pitch = tokens.shape[1], item * width
-    totals = np.int64(scratch.ctypes.data)
-    sums, x = totals + 4 * BLOCK * count, np.int64(tokens.ctypes.data)
-    scratch[BLOCK * count : scratch_size(count)] = 0
-    whole = width // _LANES
-    per_chunk = whole if count == _ONE else _CHUNK // (count * _LANES)
+    if tokens.shape[1] == _ONE and width <= _NARROW:
+        _multiply_rows(rows, width, item, tokens, ahead, scratch)
+    else:
+        _multiply_bands(rows, width, item, tokens, ahead, ahead_row, scratch)
+
+
+@compiled()
+def _multiply_rows(rows: int, width: int, item: int, tokens: Array, ahead: int, scratch: Array) -> None:
+    """Do `multiply_block` to one token, a row at a time."""
+    pitch, whole = item * width, width // tokens.shape[2]
+    last = _last_lines(rows, pitch, whole * _LINE, scratch)
+    total, x, end = np.int64(scratch.ctypes.data), np.int64(tokens.ctypes.data), rows + BLOCK * pitch
+    for row in range(rows, end, pitch):
+        coming = row + _EARLY if row + _EARLY < end else ahead + row + _EARLY - end
+        if item == _BFLOAT16_BYTES:
+            _multiply_row(_BFLOAT16_BYTES, row, whole, last, x, coming, total)
+        else:
+            _multiply_row(_FLOAT32_BYTES, row, whole, last, x, coming, total)
+        total += 4
+        last += _LINE if last > 0 else 0
+
+
+@compiled(inline=True)
+def _multiply_row(item: int, row: int, n_lines: int, last: int, x: int, coming: int, total: int) -> None:
+    """Write the product of a row and one token to an address, with a last line that lies elsewhere, if there is one.
+
+    A number has literally so many bytes.
+    """
+    tile, x_line = no_sums(1), 4 * (_LINE // item)
+    for n in range(n_lines):
+        simd.prefetch(coming, _LINE * n)
+        tile = inner_lines(tile, 1, item, row + _LINE * n, 0, x + x_line * n)
+    if last > 0:
+        tile = inner_lines(tile, 1, item, last, 0, x + x_line * n_lines)
+    store_totals(total, tile)
+
+
+@compiled()
+def _multiply_bands(
+    rows: int, width: int, item: int, tokens: Array, ahead: int, ahead_row: int, scratch: Array
+) -> None:
+    """Do `multiply_block` to several tokens, a band and chunk at a time."""
+    count, pitch, whole = tokens.shape[1], item * width, width // tokens.shape[2]
+    last = _last_lines(rows, pitch, whole * _LINE, scratch)
+    x, x_line = np.int64(tokens.ctypes.data), 4 * tokens.shape[2] * count
     band = _ROWS_OF_ONE if count == _ONE else _SUMS // count
-    spare = np.zeros(_ROWS_OF_ONE * _LANES * item, np.uint8)
+    totals = np.int64(scratch.ctypes.data)
+    sums = totals + 4 * BLOCK * count
+    scratch[BLOCK * count : BLOCK * count * (1 + _LANES)] = 0
+    per_chunk = whole if count == _ONE else _CHUNK // (count * tokens.shape[2])
     for start in range(0, whole, max(1, per_chunk)):
         stop = min(start + per_chunk, whole)
         for r in range(0, BLOCK, band):
-            column, to = rows + r * pitch + start * _LANES * item, sums + r * count * _LINE
-            last = r + band == BLOCK
-            coming, size = (ahead, ahead_bytes) if last else (rows + (r + band) * pitch, band * pitch)
+            column, coming, size = rows + r * pitch + start * _LINE, rows + (r + band) * pitch, band * pitch
+            if r + band == BLOCK:
+                coming, size = ahead, band * ahead_row
             begin, end = size * start // whole, size * stop // whole
-            _add_band(
-                column, pitch, item, x + start * count * _LINE, count, stop - start, coming + begin, end - begin, to
-            )
-    rest = (width - whole * _LANES) * item
-    for r in range(0, BLOCK if rest > 0 else 0, band):  # there may be no memory behind the last row
-        for i in range(band * rest):
-            line = rows + (r + i // rest) * pitch + whole * _LANES * item
-            spare[i // rest * _LANES * item + i % rest] = load_one_byte(line, i % rest)
-        at, to = np.int64(spare.ctypes.data), sums + r * count * _LINE
-        _add_band(at, _LANES * item, item, x + whole * count * _LINE, count, 1, at, 0, to)
+            at, to = x + start * x_line, sums + r * count * _LINE
+            _add_band(column, pitch, item, at, count, stop - start, coming + begin, end - begin, to)
+    for r in range(0, BLOCK if last > 0 else 0, band):
+        _add_band(last + r * _LINE, _LINE, item, x + whole * x_line, count, 1, last, 0, sums + r * count * _LINE)
     for r in range(0, BLOCK * count, _SUMS):
         store_totals(totals + 4 * r, sums_at(sums + r * _LINE, _SUMS))
-    spare[0] = 0  # Numba frees an array behind its last use, and an address is none
+
+
+@compiled()
+def _last_lines(rows: int, pitch: int, whole: int, scratch: Array) -> Any:
+    """Copy what rows have behind so many bytes, less than a line, to lines filled up with zeros, and return where.
+
+    There may be no memory behind the last row. Return 0 where rows end with a line.
+    """
+    if whole == pitch:
+        return np.int64(0)
+    spare = scratch[scratch.shape[0] - BLOCK * _LANES :].view(np.uint8)
+    spare[:] = 0
+    for r in range(BLOCK):
+        for i in range(pitch - whole):
+            spare[r * _LINE + i] = load_one_byte(rows + r * pitch, whole + i)
+    return np.int64(spare.ctypes.data)
 
 
 @compiled()
 def _add_band(
-    rows: int, pitch: int, item: int, x: int, count: int, steps: int, ahead: int, ahead_bytes: int, sums: int
+    rows: int, pitch: int, item: int, x: int, count: int, n_lines: int, ahead: int, ahead_bytes: int, sums: int
 ) -> None:
-    """Add so many steps of sixteen numbers of a band to its sums; fetch bytes meanwhile."""
+    """Add so many lines of a band to its sums; fetch bytes meanwhile."""
     if item == _BFLOAT16_BYTES:
         if count == _ONE:
-            _add(_SUMS_OF_ONE, _ROWS_OF_ONE, _BFLOAT16_BYTES, rows, pitch, x, _LINE, steps, ahead, ahead_bytes, sums)
+            _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _BFLOAT16_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
         elif count == _FOUR:
-            _add(_SUMS, _ROWS_OF_FOUR, _BFLOAT16_BYTES, rows, pitch, x, 4 * _LINE, steps, ahead, ahead_bytes, sums)
+            _add(_SUMS, 4, _BFLOAT16_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
         else:
-            _add(_SUMS, _ROWS_OF_EIGHT, _BFLOAT16_BYTES, rows, pitch, x, 8 * _LINE, steps, ahead, ahead_bytes, sums)
+            _add(_SUMS, 2, _BFLOAT16_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
     elif count == _ONE:
-        _add(_SUMS_OF_ONE, _ROWS_OF_ONE, _FLOAT32_BYTES, rows, pitch, x, _LINE, steps, ahead, ahead_bytes, sums)
+        _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _FLOAT32_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
     elif count == _FOUR:
-        _add(_SUMS, _ROWS_OF_FOUR, _FLOAT32_BYTES, rows, pitch, x, 4 * _LINE, steps, ahead, ahead_bytes, sums)
+        _add(_SUMS, 4, _FLOAT32_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
     else:
-        _add(_SUMS, _ROWS_OF_EIGHT, _FLOAT32_BYTES, rows, pitch, x, 8 * _LINE, steps, ahead, ahead_bytes, sums)
+        _add(_SUMS, 2, _FLOAT32_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
 
 
 @compiled(inline=True)
@@ -209,18 +283,17 @@ def _add(
     rows: int,
     pitch: int,
     x: int,
-    x_step: int,
-    steps: int,
+    n_lines: int,
     ahead: int,
     ahead_bytes: int,
     sums: int,
 ) -> None:
     """Do `_add_band` for literally so many sums, rows, and bytes of a number."""
     tile = sums_at(sums, n_sums)
-    size = n_rows * _LANES * item
-    for s in range(steps):
-        if size * s < ahead_bytes:
+    size, x_line = n_rows * _LINE, n_sums // n_rows * 4 * (_LINE // item)
+    for n in range(n_lines):
+        if size * n < ahead_bytes:
             for line in range(0, size, _LINE):
-                simd.prefetch(ahead + size * s, line)
-        tile = inner_floats(tile, n_rows, item, rows + _LANES * item * s, pitch, x + x_step * s, _LINE)
+                simd.prefetch(ahead + size * n, line)
+        tile = inner_lines(tile, n_rows, item, rows + _LINE * n, pitch, x + x_line * n)
     store_sums(sums, tile)

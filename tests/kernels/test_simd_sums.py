@@ -104,13 +104,17 @@ def test_an_outer_product_of_bytes() -> None:
     np.testing.assert_array_equal(found.reshape(16, 16), begin[:, None] + products)
 
 
-@pytest.mark.parametrize("item", [2, 4])
-def test_inner_products_of_rows_and_tokens(item: int) -> None:
-    rows = BITS if item == 2 else FLOATS
-    numbers = widen(BITS, "bfloat16")[:2, :16] if item == 2 else FLOATS[:2, :16]
-    body = f"u.store_sums(o, u.inner_floats(u.no_sums(8), 2, {item}, a, 64, b, 64))"
-    found = run(body, rows, FLOATS, size=128)
-    np.testing.assert_array_equal(found.reshape(2, 4, 16), numbers[:, None] * FLOATS[None, :4])
+def test_inner_products_of_float32_rows_and_tokens() -> None:
+    found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 4, a, 64, b))", FLOATS, FLOATS, size=128)
+    np.testing.assert_array_equal(found.reshape(2, 4, 16), FLOATS[:2, None] * FLOATS[None, :4])
+
+
+def test_inner_products_of_bfloat16_rows_and_tokens_add_even_and_odd_numbers() -> None:
+    rows = widen(BITS, "bfloat16").reshape(-1, 32)[:2, None].astype(np.float64)
+    tokens = FLOATS[:8].reshape(4, 2, 16)
+    found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 2, a, 64, b))", BITS, FLOATS, size=128)
+    expected = rows[..., ::2] * tokens[:, 0] + rows[..., 1::2] * tokens[:, 1]
+    np.testing.assert_allclose(found.reshape(2, 4, 16), expected, 1e-5, 1e-6)
 
 
 def test_inner_products_of_bytes_and_of_halves_of_bytes() -> None:
