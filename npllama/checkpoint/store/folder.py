@@ -229,6 +229,9 @@ def _mapped(folder: Path, part: Part) -> Array:
     """Return an array on the pages of its file."""
     with _opened(folder, part) as descriptor:
         pages = mmap.mmap(descriptor, part.file_bytes, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without huge pages says so
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, STORAGE[part.dtype], offset=len(part.header)).reshape(part.shape)
 
 
