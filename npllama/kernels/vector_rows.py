@@ -8,8 +8,8 @@ token is one sum, in sixteen parts: the lanes of a vector, which are added up at
 One token waits for memory alone. Rows go by as they lie there, a single stream, and each line is asked for four pages
 early; only a token too wide for the first-level cache is not taken again for every row. That one, and several tokens,
 meet a **band** of rows at once (`npllama.kernels.simd_sums`), so that a number which was loaded is multiplied several
-times; the band that comes next is fetched meanwhile. Sixteen rows are a **block**. Several tokens pass by it in
-**chunks** that stay in the first-level cache, and between chunks the sums wait in memory.
+times. Sixteen rows are a **block**. Several tokens pass by it in **chunks** that stay in the first-level cache, and
+between chunks the sums wait in memory. Meanwhile what comes next is fetched: the rows' next chunk, or the next band.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
 """
@@ -170,7 +170,7 @@ def multiply_block(rows: int, width: int, item: int, tokens: Array, ahead: int, 
     tokens : ndarray of shape (lines, 1 or 4 or 8, 16 or 32), float32
         From `lined_up`.
     ahead, ahead_row : int
-        What is multiplied next, and the bytes of a row there; its beginning is fetched from memory meanwhile.
+        What is multiplied next, and the bytes of a row there; its beginning is fetched from memory at the end.
     scratch : ndarray, float32
         From `scratch_for`.
     """
@@ -223,16 +223,17 @@ def _multiply_bands(
     totals = np.int64(scratch.ctypes.data)
     sums = totals + 4 * BLOCK * count
     scratch[BLOCK * count : BLOCK * count * (1 + _LANES)] = 0
-    per_chunk = whole if count == _ONE else _CHUNK // (count * tokens.shape[2])
-    for start in range(0, whole, max(1, per_chunk)):
-        stop = min(start + per_chunk, whole)
+    chunks = 1 if count == _ONE else (whole * count * tokens.shape[2] + _CHUNK - 1) // _CHUNK
+    for chunk in range(chunks):
+        start, stop = whole * chunk // chunks, whole * (chunk + 1) // chunks
         for r in range(0, BLOCK, band):
-            column, coming, size = rows + r * pitch + start * _LINE, rows + (r + band) * pitch, band * pitch
-            if r + band == BLOCK:
-                coming, size = ahead, band * ahead_row
-            begin, end = size * start // whole, size * stop // whole
+            column, coming, coming_pitch = rows + r * pitch + start * _LINE, ahead + r * ahead_row, ahead_row
+            if chunk + 1 < chunks:
+                coming, coming_pitch = rows + r * pitch + stop * _LINE, pitch
+            elif chunks == 1:
+                coming, coming_pitch = (column + band * pitch, pitch) if r + band < BLOCK else (ahead, ahead_row)
             at, to = x + start * x_line, sums + r * count * _LINE
-            _add_band(column, pitch, item, at, count, stop - start, coming + begin, end - begin, to)
+            _add_band(column, pitch, item, at, count, stop - start, coming, coming_pitch, to)
     for r in range(0, BLOCK if last > 0 else 0, band):
         _add_band(last + r * _LINE, _LINE, item, x + whole * x_line, count, 1, last, 0, sums + r * count * _LINE)
     for r in range(0, BLOCK * count, _SUMS):
@@ -257,22 +258,22 @@ def _last_lines(rows: int, pitch: int, whole: int, scratch: Array) -> Any:
 
 @compiled()
 def _add_band(
-    rows: int, pitch: int, item: int, x: int, count: int, n_lines: int, ahead: int, ahead_bytes: int, sums: int
+    rows: int, pitch: int, item: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
 ) -> None:
-    """Add so many lines of a band to its sums; fetch bytes meanwhile."""
+    """Add so many lines of a band to its sums; fetch as many of the rows that come meanwhile."""
     if item == _BFLOAT16_BYTES:
         if count == _ONE:
-            _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _BFLOAT16_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
+            _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _BFLOAT16_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
         elif count == _FOUR:
-            _add(_SUMS, 4, _BFLOAT16_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
+            _add(_SUMS, 4, _BFLOAT16_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
         else:
-            _add(_SUMS, 2, _BFLOAT16_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
+            _add(_SUMS, 2, _BFLOAT16_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     elif count == _ONE:
-        _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _FLOAT32_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
+        _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _FLOAT32_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     elif count == _FOUR:
-        _add(_SUMS, 4, _FLOAT32_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
+        _add(_SUMS, 4, _FLOAT32_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     else:
-        _add(_SUMS, 2, _FLOAT32_BYTES, rows, pitch, x, n_lines, ahead, ahead_bytes, sums)
+        _add(_SUMS, 2, _FLOAT32_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
 
 
 @compiled(inline=True)
@@ -284,16 +285,15 @@ def _add(
     pitch: int,
     x: int,
     n_lines: int,
-    ahead: int,
-    ahead_bytes: int,
+    coming: int,
+    coming_pitch: int,
     sums: int,
 ) -> None:
     """Do `_add_band` for literally so many sums, rows, and bytes of a number."""
     tile = sums_at(sums, n_sums)
-    size, x_line = n_rows * _LINE, n_sums // n_rows * 4 * (_LINE // item)
+    x_line = n_sums // n_rows * 4 * (_LINE // item)
     for n in range(n_lines):
-        if size * n < ahead_bytes:
-            for line in range(0, size, _LINE):
-                simd.prefetch(ahead + size * n, line)
+        for row in range(n_rows):
+            simd.prefetch(coming + row * coming_pitch, _LINE * n)
         tile = inner_lines(tile, n_rows, item, rows + _LINE * n, pitch, x + x_line * n)
     store_sums(sums, tile)
