@@ -38,6 +38,9 @@ from npllama.kernels.simd_quantised import (
 from npllama.kernels.simd_sums import add_products_at, inner_bytes, inner_nibbles, no_sums, store_totals
 from npllama.kernels.vector_rows import tokens_of
 
+#: Tokens at most.
+FEW = 8
+
 _LANES = 16
 _LINE = 64
 #: Numbers of tokens that rows are multiplied with at once, see `npllama.kernels.vector_rows.tokens_of`.

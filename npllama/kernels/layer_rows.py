@@ -38,7 +38,7 @@ _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
 #: Bytes of a bfloat16.
-_ITEM = 2
+_ITEM = np.int64(2)
 
 
 class Part(NamedTuple):
@@ -79,13 +79,12 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool) -> Inputs:
     groups, count = (widest + GROUP - 1) // GROUP, vector_rows.tokens_of(n_new)
     size = max(token_bytes(groups, False), token_bytes(groups, True))
     size = max(size, byte_rows.tokens_bytes(groups, count))
-    numbers = vector_rows.numbers_of_a_line(_ITEM)
-    lines = aligned((widest + numbers - 1) // numbers * count * numbers, like)
+    lines = aligned(vector_rows.tokens_size(n_new, widest, _ITEM), like)
     return Inputs(
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
         lines,
         aligned(2 * size, np.empty(0, np.int8)).reshape(2, size),
-        aligned(max(4 * _SQUARE, vector_rows.scratch_size(count)), like),
+        aligned(max(4 * _SQUARE, vector_rows.scratch_size(n_new)), like),
         np.empty(n_new * widest if rounds else 0, np.float32),
     )
 
@@ -173,7 +172,7 @@ def _prepare(
                 _pack_floats(x, inputs.panel)
         if vectors is not None:  # noqa: SIM102
             if is_wanted and form == _BFLOAT16:
-                vector_rows.line_up(x, _lines_of(inputs, x.shape[0], x.shape[1]))
+                vector_rows.line_up(x, _ITEM, inputs.lines)
         if digits is not None:  # noqa: SIM102
             if is_wanted and form != _BFLOAT16:
                 take_apart(x[0], form == _INT4, inputs.tokens[form - 1, : token_bytes(groups, form == _INT4)])
@@ -219,36 +218,29 @@ def _multiply_part(
             tokens = byte_rows.tokens_at(np.int64(inputs.tokens[part.form - 1].ctypes.data), groups, count)
             products = np.int64(inputs.scratch.ctypes.data)
             byte_rows.multiply_rows(part.rows, np.int64(ROWS), groups, is_int4, tokens, count, following, products)
-            _turn(inputs.scratch, count, n_new, block, 0, ROWS)
-
-
-@compiled(inline=True)
-def _lines_of(inputs: Inputs, n_new: int, width: int) -> Array:
-    """Return the room of tokens for `npllama.kernels.vector_rows`: (lines, tokens, numbers of a line)."""
-    count, numbers = vector_rows.tokens_of(n_new), vector_rows.numbers_of_a_line(_ITEM)
-    n_lines = (width + numbers - 1) // numbers
-    lines: Array = inputs.lines[: n_lines * count * numbers].reshape(n_lines, count, numbers)
-    return lines
+            _turn(inputs.scratch, count, n_new, block)
 
 
 @compiled()
 def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahead: Part) -> None:
     """Do what `multiply_part` does, for bfloat16 in vectors: as blocks of 16 rows."""
-    lines, half = _lines_of(inputs, n_new, part.width), ROWS // 2
-    row = 2 * part.width
-    for first in range(0, ROWS, half):
+    width, row, products = part.width, _ITEM * part.width, inputs.scratch
+    for first in range(0, ROWS, vector_rows.BLOCK):
         rows = part.rows.data + row * first
-        coming, size = (ahead.rows.data, _row_bytes(ahead)) if first else (rows + half * row, row)
-        vector_rows.multiply_block(rows, part.width, np.int64(2), lines, coming, size, inputs.scratch)
-        _turn(inputs.scratch, lines.shape[1], n_new, block, first, half)
+        coming, size = rows + vector_rows.BLOCK * row, row
+        if first + vector_rows.BLOCK == ROWS:
+            coming, size = ahead.rows.data, _row_bytes(ahead)
+        vector_rows.multiply_block(rows, width, _ITEM, inputs.lines, n_new, coming, size, products)
+        for t in range(n_new):
+            simd.store(block, t * ROWS + first, simd.load(products, t * vector_rows.BLOCK))
 
 
 @compiled(inline=True)
-def _turn(products: Array, count: int, n_new: int, block: Array, first: int, n_rows: int) -> None:
-    """Write products of some rows, those of a row with ``count`` tokens one after the other, to rows of a block."""
+def _turn(products: Array, count: int, n_new: int, block: Array) -> None:
+    """Write products, those of a row with ``count`` tokens one after the other, to a block (T, rows)."""
     for t in range(n_new):
-        for r in range(n_rows):
-            block[t * ROWS + first + r] = products[r * count + t]
+        for r in range(ROWS):
+            block[t * ROWS + r] = products[r * count + t]
 
 
 @compiled()

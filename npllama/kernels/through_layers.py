@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.dtypes import PACKINGS, Array
+from npllama.kernels import byte_rows, vector_rows
 from npllama.kernels.activation import _KINDS
 from npllama.kernels.attend import _TILE, _UNLIMITED, piece_for
 from npllama.kernels.by_address import address_of
@@ -55,14 +56,13 @@ from npllama.kernels.memory import aligned
 from npllama.kernels.quantised_rows import Rows
 from npllama.kernels.tiles import _STEP, _shapes
 from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
-from npllama.kernels.vector_rows import FEW
 
 #: Bytes of a row of D numbers from which on going layer by layer is faster in tiles, by 10 % where D is 2048; where D
 #: is 576 it is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
 _WIDE = 4096
 _NUMBERS = np.empty(0, np.float32)  # only its dtype matters: that of keys, values and vectors
 #: Ways to multiply (`npllama.kernels.layer_rows`), in the order of the arguments of kernels -> the tokens of a pass.
-_WAYS = {"tiles": _TILE_OF_TOKENS, "vectors": FEW, "digits": 1, "integers": FEW}
+_WAYS = {"tiles": _TILE_OF_TOKENS, "vectors": vector_rows.FEW, "digits": 1, "integers": byte_rows.FEW}
 
 
 class ThroughLayers:

@@ -8,8 +8,9 @@ token is one sum, in sixteen parts: the lanes of a vector, which are added up at
 One token waits for memory alone. Rows go by as they lie there, a single stream, and each line is asked for four pages
 early; only a token too wide for the first-level cache is not taken again for every row. That one, and several tokens,
 meet a **band** of rows at once (`npllama.kernels.simd_sums`), so that a number which was loaded is multiplied several
-times. Sixteen rows are a **block**. Several tokens pass by it in **chunks** that stay in the first-level cache, and
-between chunks the sums wait in memory. Meanwhile what comes next is fetched: the rows' next chunk, or the next band.
+times. Sixteen rows are a **block**. Tokens pass by it in **parties** of eight at most, a **chunk** of them after the
+other that stays in the first-level cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched:
+the rows' next chunk, or the next band.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
 """
@@ -34,13 +35,13 @@ from npllama.kernels.simd_quantised import load_one_byte
 from npllama.kernels.simd_sums import inner_lines, no_sums, store_sums, store_totals, sums_at
 
 #: Tokens at most.
-FEW = 8
+FEW = 16
 #: Rows of a matrix that are a unit of work.
 BLOCK = 16
 
 _LANES = 16
 _LINE = 64
-#: Numbers of all tokens in a chunk: 16 kB.
+#: Numbers of a party in a chunk: 16 kB.
 _CHUNK = 4096
 #: How many bytes before its turn a line is fetched for one token: four pages.
 _EARLY = 1 << 14
@@ -59,62 +60,54 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     Parameters
     ----------
     x : ndarray of shape (T, N), float32
-        T is 8 at most.
+        T is 16 at most.
     weights : sequence of Tensor of shape (M, N)
         All float32, or all bfloat16. M may differ, and is 16 at least.
     outputs : sequence of ndarray of shape (T, M), float32
     """
     jobs, item = jobs_of(weights, outputs, BLOCK), weights[0].data.itemsize
-    _multiply(lined_up(x, item), len(x), x.shape[1], jobs, item, numba.get_num_threads(), _address_of_work())
+    tokens = aligned(tokens_size(len(x), x.shape[1], item), x)
+    line_up(x, item, tokens)
+    _multiply(tokens, len(x), x.shape[1], jobs, item, numba.get_num_threads(), _address_of_work())
 
 
 @cache
 def _address_of_work() -> int:
     """Return the address of `_multiply_blocks`."""
-    return address_of(_multiply_blocks, np.empty((1, 1, 1), np.float32), 1, 1, np.empty((1, 6), np.int64), 1, 1, 1)
+    return address_of(_multiply_blocks, np.empty(1, np.float32), 1, 1, np.empty((1, 6), np.int64), 1, 1, 1)
 
 
 @compiled()
 def tokens_of(n_new: int) -> int:
-    """Return with how many tokens rows are multiplied where there are ``n_new``: the others are zeros."""
+    """Return with how many tokens rows are multiplied where a party has ``n_new``: the others are zeros."""
     return _ONE if n_new == 1 else _FOUR if n_new <= _FOUR else _EIGHT
 
 
 @compiled()
-def numbers_of_a_line(item: int) -> int:
-    """Return how many numbers of so many bytes 64 bytes are."""
-    return _LINE // item
+def tokens_size(n_new: int, width: int, item: int) -> Any:
+    """Return the room that `line_up` needs for tokens (T, N) and weights of so many bytes."""
+    numbers, whole = _LINE // item, (n_new - 1) // _EIGHT * _EIGHT
+    return (width + numbers - 1) // numbers * numbers * (whole + tokens_of(n_new - whole))
 
 
 @compiled()
-def lined_up(x: Array, item: int) -> Array:
-    """Return tokens x (T, N) as `multiply_block` takes them, for weights of 2 or 4 bytes, with zeros behind the last.
-
-    The shape is (lines, tokens, numbers of a line).
-    """
+def line_up(x: Array, item: int, tokens: Array) -> None:
+    """Lay out tokens x (T, N) as `multiply_block` takes them: parties, lines, tokens, numbers; zeros fill up."""
     n_new, width = x.shape
-    count, numbers = tokens_of(n_new), numbers_of_a_line(item)
-    lines = (width + numbers - 1) // numbers
-    tokens = aligned(lines * count * numbers, x).reshape(lines, count, numbers)
-    line_up(x, tokens)
-    return tokens
-
-
-@compiled()
-def line_up(x: Array, tokens: Array) -> None:
-    """Do `lined_up` to room that is there."""
-    n_new, width = x.shape
-    numbers = tokens.shape[2]
-    parts = numbers // _LANES  # even and odd numbers, or all
-    whole = width // numbers
-    tokens[:, n_new:], tokens[whole:] = 0, 0
-    for t in range(n_new):
-        for line in range(whole):
-            for part in range(parts):
-                for i in range(_LANES):
-                    tokens[line, t, part * _LANES + i] = x[t, numbers * line + i * parts + part]
-        for j in range(width - numbers * whole):
-            tokens[whole, t, j % parts * _LANES + j // parts] = x[t, numbers * whole + j]
+    numbers = _LINE // item
+    parts, whole = numbers // _LANES, width // numbers  # even and odd numbers, or all; lines
+    for first in range(0, n_new, _EIGHT):
+        party = min(_EIGHT, n_new - first)
+        start, count = tokens_size(first, width, item) if first > 0 else 0, tokens_of(party)
+        lines = tokens[start : start + tokens_size(party, width, item)].reshape(-1, count, numbers)
+        lines[:, party:], lines[whole:] = 0, 0
+        for t in range(party):
+            for line in range(whole):
+                for part in range(parts):
+                    for i in range(_LANES):
+                        lines[line, t, part * _LANES + i] = x[first + t, numbers * line + i * parts + part]
+            for j in range(width - numbers * whole):
+                lines[whole, t, j % parts * _LANES + j // parts] = x[first + t, numbers * whole + j]
 
 
 @compiled(parallel=True)
@@ -132,32 +125,28 @@ def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, item: int, n_t
 @compiled()
 def _multiply_blocks(tokens: Array, n_new: int, width: int, jobs: Array, item: int, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
-    scratch = scratch_for(tokens)
+    scratch = aligned(scratch_size(n_new), tokens)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
         row = min(first, job[ROWS] - BLOCK)
         rows, pitch = job[DATA] + item * width * row, item * width
-        multiply_block(rows, width, item, tokens, rows + BLOCK * pitch, pitch, scratch)
+        multiply_block(rows, width, item, tokens, n_new, rows + BLOCK * pitch, pitch, scratch)
         for t in range(n_new):
-            for r in range(BLOCK):
-                simd.store_one(job[OUTPUT] + 4 * (t * job[ROWS] + row), 4 * r, scratch[r * tokens.shape[1] + t])
+            output = job[OUTPUT] + 4 * (t * job[ROWS] + row)
+            store_sums(output, sums_at(np.int64(scratch.ctypes.data) + t * _LINE, 1))
 
 
 @compiled()
-def scratch_for(tokens: Array) -> Array:
-    """Return the room that `multiply_block` needs: products, sums in sixteen parts, and last lines."""
-    return aligned(scratch_size(tokens.shape[1]), tokens)
+def scratch_size(n_new: int) -> int:
+    """Return how many numbers `multiply_block` needs for all products, then a party's, its sums, and last lines."""
+    return BLOCK * (n_new + _EIGHT * (1 + _LANES) + _LANES)
 
 
 @compiled()
-def scratch_size(count: int) -> int:
-    """Return how many numbers that is, for so many tokens."""
-    return BLOCK * (count * (1 + _LANES) + _LANES)
-
-
-@compiled()
-def multiply_block(rows: int, width: int, item: int, tokens: Array, ahead: int, ahead_row: int, scratch: Array) -> None:
-    """Fill the beginning of ``scratch`` with the products of sixteen rows and all tokens, row by row.
+def multiply_block(
+    rows: int, width: int, item: int, tokens: Array, n_new: int, ahead: int, ahead_row: int, scratch: Array
+) -> None:
+    """Fill the beginning of ``scratch``, as (T, 16), with the products of all tokens and sixteen rows.
 
     Parameters
     ----------
@@ -167,31 +156,42 @@ def multiply_block(rows: int, width: int, item: int, tokens: Array, ahead: int, 
         N.
     item : int
         Bytes of a number: 2 for bfloat16, 4 for float32.
-    tokens : ndarray of shape (lines, 1 or 4 or 8, 16 or 32), float32
-        From `lined_up`.
+    tokens : ndarray, float32
+        From `line_up`.
+    n_new : int
+        T.
     ahead, ahead_row : int
         What is multiplied next, and the bytes of a row there; its beginning is fetched from memory at the end.
     scratch : ndarray, float32
-        From `scratch_for`.
+        As long as `scratch_size` says.
     """
-    if tokens.shape[1] == _ONE and width <= _NARROW:
-        _multiply_rows(rows, width, item, tokens, ahead, scratch)
-    else:
-        _multiply_bands(rows, width, item, tokens, ahead, ahead_row, scratch)
+    pitch, x = item * width, np.int64(tokens.ctypes.data)
+    room = scratch[BLOCK * n_new :]
+    last = _last_lines(rows, pitch, pitch // _LINE * _LINE, room)
+    for first in range(0, n_new, _EIGHT):
+        party = min(_EIGHT, n_new - first)
+        count = tokens_of(party)
+        if count == _ONE and width <= _NARROW:
+            _multiply_rows(rows, width, item, x, ahead, last, np.int64(room.ctypes.data))
+        else:
+            _multiply_bands(rows, width, item, x, count, ahead, ahead_row, last, room)
+        for t in range(party):
+            for r in range(BLOCK):
+                scratch[(first + t) * BLOCK + r] = room[r * count + t]
+        x += 4 * tokens_size(party, width, item)
+        ahead, ahead_row = rows, pitch  # once is enough
 
 
 @compiled()
-def _multiply_rows(rows: int, width: int, item: int, tokens: Array, ahead: int, scratch: Array) -> None:
-    """Do `multiply_block` to one token, a row at a time."""
-    pitch, whole = item * width, width // tokens.shape[2]
-    last = _last_lines(rows, pitch, whole * _LINE, scratch)
-    total, x, end = np.int64(scratch.ctypes.data), np.int64(tokens.ctypes.data), rows + BLOCK * pitch
+def _multiply_rows(rows: int, width: int, item: int, x: int, ahead: int, last: int, total: int) -> None:
+    """Write sixteen rows' products with one token to an address, a row at a time."""
+    pitch, end = item * width, rows + BLOCK * item * width
     for row in range(rows, end, pitch):
         coming = row + _EARLY if row + _EARLY < end else ahead + row + _EARLY - end
         if item == _BFLOAT16_BYTES:
-            _multiply_row(_BFLOAT16_BYTES, row, whole, last, x, coming, total)
+            _multiply_row(_BFLOAT16_BYTES, row, pitch // _LINE, last, x, coming, total)
         else:
-            _multiply_row(_FLOAT32_BYTES, row, whole, last, x, coming, total)
+            _multiply_row(_FLOAT32_BYTES, row, pitch // _LINE, last, x, coming, total)
         total += 4
         last += _LINE if last > 0 else 0
 
@@ -213,17 +213,14 @@ def _multiply_row(item: int, row: int, n_lines: int, last: int, x: int, coming: 
 
 @compiled()
 def _multiply_bands(
-    rows: int, width: int, item: int, tokens: Array, ahead: int, ahead_row: int, scratch: Array
+    rows: int, width: int, item: int, x: int, count: int, ahead: int, ahead_row: int, last: int, room: Array
 ) -> None:
-    """Do `multiply_block` to several tokens, a band and chunk at a time."""
-    count, pitch, whole = tokens.shape[1], item * width, width // tokens.shape[2]
-    last = _last_lines(rows, pitch, whole * _LINE, scratch)
-    x, x_line = np.int64(tokens.ctypes.data), 4 * tokens.shape[2] * count
-    band = _ROWS_OF_ONE if count == _ONE else _SUMS // count
-    totals = np.int64(scratch.ctypes.data)
+    """Fill the beginning of the room with the products of sixteen rows and a party, a band and chunk at a time."""
+    pitch, whole, numbers = item * width, item * width // _LINE, count * (_LINE // item)
+    totals, x_line, band = np.int64(room.ctypes.data), 4 * numbers, _ROWS_OF_ONE if count == _ONE else _SUMS // count
     sums = totals + 4 * BLOCK * count
-    scratch[BLOCK * count : BLOCK * count * (1 + _LANES)] = 0
-    chunks = 1 if count == _ONE else (whole * count * tokens.shape[2] + _CHUNK - 1) // _CHUNK
+    room[BLOCK * count : BLOCK * count * (1 + _LANES)] = 0
+    chunks = 1 if count == _ONE else (whole * numbers + _CHUNK - 1) // _CHUNK
     for chunk in range(chunks):
         start, stop = whole * chunk // chunks, whole * (chunk + 1) // chunks
         for r in range(0, BLOCK, band):
@@ -241,14 +238,14 @@ def _multiply_bands(
 
 
 @compiled()
-def _last_lines(rows: int, pitch: int, whole: int, scratch: Array) -> Any:
+def _last_lines(rows: int, pitch: int, whole: int, room: Array) -> Any:
     """Copy what rows have behind so many bytes, less than a line, to lines filled up with zeros, and return where.
 
     There may be no memory behind the last row. Return 0 where rows end with a line.
     """
     if whole == pitch:
         return np.int64(0)
-    spare = scratch[scratch.shape[0] - BLOCK * _LANES :].view(np.uint8)
+    spare = room[room.shape[0] - BLOCK * _LANES :].view(np.uint8)
     spare[:] = 0
     for r in range(BLOCK):
         for i in range(pitch - whole):

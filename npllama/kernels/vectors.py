@@ -22,7 +22,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
         All of one storage type. M may differ.
     outputs : sequence of ndarray of shape (T, M), float32
     """
-    if len(x) > vector_rows.FEW:
+    if len(x) > _few(weights):
         vector_blocks.multiply(x, weights, outputs, FLOATS)
     elif weights[0].dtype in PACKINGS:
         quantised_dots.multiply(x, weights, outputs)
@@ -34,7 +34,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
 
 def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
     """Do the same with x rounded to bfloat16, and any weights but float32: many tokens take half of the time then."""
-    if len(x) > vector_rows.FEW:
+    if len(x) > _few(weights):
         vector_blocks.multiply(x, weights, outputs, PAIRS)
     else:
         multiply(rounded(x), weights, outputs)
@@ -42,10 +42,15 @@ def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arra
 
 def multiply_bytes(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
     """Do the same with x rounded to int8, and weights of int8 or int4: many tokens take a quarter of the time then."""
-    if len(x) > vector_rows.FEW:
+    if len(x) > _few(weights):
         vector_blocks.multiply(x, weights, outputs, BYTES)
     else:
         byte_rows.multiply(x, weights, outputs)
+
+
+def _few(weights: Sequence[Tensor]) -> int:
+    """Return up to how many tokens meet weights row by row."""
+    return byte_rows.FEW if weights[0].dtype in PACKINGS else vector_rows.FEW
 
 
 def _multiply_small(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:

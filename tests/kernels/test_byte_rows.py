@@ -8,9 +8,9 @@ import pytest
 
 from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import PACKINGS, Array, Tensor
+from npllama.kernels.byte_rows import FEW
 from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.matmul import products
-from npllama.kernels.vector_rows import FEW
 from npllama.rounding import rounded_to_int8
 
 PATH = "avx512"

@@ -19,10 +19,10 @@ from npllama.checkpoint.rope import frequencies
 from npllama.config import Experts
 from npllama.dtypes import PACKINGS, Array, Tensor, narrow
 from npllama.engine import Model
+from npllama.kernels import byte_rows, vector_rows
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.paths import twins
 from npllama.kernels.through_layers import through_layers
-from npllama.kernels.vector_rows import FEW
 from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST, loud_model
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
@@ -30,7 +30,7 @@ from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
 PATH = choose(host_features())
 needs_vectors = pytest.mark.skipif(PATH == "portable", reason="this processor has no AVX-512")
 #: Tokens that bfloat16 weights meet in one pass.
-MOST = 16 if PATH == "amx" else FEW
+MOST = 16 if PATH == "amx" else vector_rows.FEW
 
 LAYER_BY_LAYER = SimpleNamespace(**{**vars(FAST), "through_layers": ops.through_layers})
 
@@ -265,6 +265,6 @@ def test_integers_and_tokens_in_int8_may_be_several_at_once() -> None:
     by_layer = SimpleNamespace(**{**vars(rounding), "through_layers": ops.through_layers})
     at_once, layer_by_layer = (Model(exact.config, exact.weights, of, backend="fast") for of in (rounding, by_layer))
     caches = [fed(model, 9) for model in (at_once, layer_by_layer)]
-    for count in (FEW, 3, 1):
+    for count in (byte_rows.FEW, 3, 1):
         new = loud_tokens(exact.config, count, seed=count)
         assert_same_bits(at_once.forward(new, caches[0]), layer_by_layer.forward(new, caches[1]))
