@@ -38,7 +38,7 @@ _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
 #: Bytes of a bfloat16.
-_ITEM = np.int64(2)
+_ITEM = 2
 
 
 class Part(NamedTuple):
@@ -79,7 +79,7 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool) -> Inputs:
     groups, count = (widest + GROUP - 1) // GROUP, vector_rows.tokens_of(n_new)
     size = max(token_bytes(groups, False), token_bytes(groups, True))
     size = max(size, byte_rows.tokens_bytes(groups, count))
-    lines = aligned(vector_rows.tokens_size(n_new, widest, _ITEM), like)
+    lines = aligned(vector_rows.tokens_size(n_new, widest, vector_rows.HALVES), like)
     return Inputs(
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
         lines,
@@ -172,7 +172,7 @@ def _prepare(
                 _pack_floats(x, inputs.panel)
         if vectors is not None:  # noqa: SIM102
             if is_wanted and form == _BFLOAT16:
-                vector_rows.line_up(x, _ITEM, inputs.lines)
+                vector_rows.line_up(x, _kind_of(inputs), inputs.lines)
         if digits is not None:  # noqa: SIM102
             if is_wanted and form != _BFLOAT16:
                 take_apart(x[0], form == _INT4, inputs.tokens[form - 1, : token_bytes(groups, form == _INT4)])
@@ -221,16 +221,22 @@ def _multiply_part(
             _turn(inputs.scratch, count, n_new, block)
 
 
+@compiled(inline=True)
+def _kind_of(inputs: Inputs) -> int:
+    """Return how `npllama.kernels.vector_rows` multiplies bfloat16: in pairs where inputs are rounded."""
+    return vector_rows.PAIRS if inputs.rounded.size > 0 else vector_rows.HALVES
+
+
 @compiled()
 def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahead: Part) -> None:
     """Do what `multiply_part` does, for bfloat16 in vectors: as blocks of 16 rows."""
-    width, row, products = part.width, _ITEM * part.width, inputs.scratch
+    width, row, products, kind = part.width, _ITEM * part.width, inputs.scratch, _kind_of(inputs)
     for first in range(0, ROWS, vector_rows.BLOCK):
         rows = part.rows.data + row * first
         coming, size = rows + vector_rows.BLOCK * row, row
         if first + vector_rows.BLOCK == ROWS:
             coming, size = ahead.rows.data, _row_bytes(ahead)
-        vector_rows.multiply_block(rows, width, _ITEM, inputs.lines, n_new, coming, size, products)
+        vector_rows.multiply_block(rows, width, kind, inputs.lines, n_new, coming, size, products)
         for t in range(n_new):
             simd.store(block, t * ROWS + first, simd.load(products, t * vector_rows.BLOCK))
 

@@ -217,12 +217,12 @@ def outer_floats(context: Any, sums: Any, weights: Any, x: Any) -> Any:
 
     VFMADD231PS.
     """
+    return _outer(sums, _add_floats)
 
-    def add(builder: Any, total: Any, weights: Any, number: Any) -> Any:
-        factors = (builder.bitcast(vector, FLOAT_VECTOR) for vector in (weights, number))
-        return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
 
-    return _outer(sums, add)
+def _add_floats(builder: Any, total: Any, weights: Any, numbers: Any) -> Any:
+    factors = (builder.bitcast(vector, FLOAT_VECTOR) for vector in (weights, numbers))
+    return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
 
 
 @intrinsic
@@ -232,7 +232,11 @@ def outer_pairs(context: Any, sums: Any, weights: Any, x: Any) -> Any:
     The products of a pair are added to the sum one after the other, the upper one first, each rounded to float32.
     Numbers below 2**-126 may count as zero: a processor without the instruction keeps them.
     """
-    return _outer(sums, _add_pair if "avx512bf16" in host_features() else _add_pair_in_two)
+    return _outer(sums, _pair_adder())
+
+
+def _pair_adder() -> Callable[[Any, Any, Any, Any], Any]:
+    return _add_pair if "avx512bf16" in host_features() else _add_pair_in_two
 
 
 def _add_pair(builder: Any, total: Any, weights: Any, pair: Any) -> Any:
@@ -269,38 +273,37 @@ def outer_bytes(context: Any, sums: Any, weights: Any, x: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def inner_lines(context: Any, sums: Any, rows: Any, item_bytes: Any, weights: Any, row_bytes: Any, x: Any) -> Any:
-    """``inner_lines(sums, rows, item_bytes, weights, row_bytes, x)``: add the products of a line to each sum.
+def inner_lines(context: Any, sums: Any, rows: Any, kind: Any, weights: Any, row_bytes: Any, x: Any) -> Any:
+    """``inner_lines(sums, rows, kind, weights, row_bytes, x)``: add the products of a line to each sum.
 
     The sums of a row are those of each token in turn. Of literally so many rows, ``row_bytes`` apart, 64 bytes are
-    multiplied with as many numbers of each token, one token behind the other, in float32. ``item_bytes`` is 4 for
-    float32 rows. It is 2 for bfloat16, of which those with even places, and their tokens' numbers, come first.
-    VPSLLD, VPANDD, VFMADD231PS.
+    multiplied with as many numbers of each token, one token behind the other. The kind is a literal: 0 for float32
+    rows; 1 for bfloat16 times float32, those with even places, and their tokens' numbers, first; 2 for pairs of
+    bfloat16, as in `outer_pairs`. VPSLLD, VPANDD, VFMADD231PS; VDPBF16PS.
     """
-    n_rows, item = rows.literal_value, item_bytes.literal_value
-    n_tokens, parts = sums.count // n_rows, 4 // item
+    n_rows, kind_of = rows.literal_value, kind.literal_value
+    n_tokens, parts = sums.count // n_rows, 2 if kind_of == 1 else 1
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile, _, _, weights, row_bytes, x = arguments
+        add = _pair_adder() if kind_of == 2 else _add_floats
 
         def line(row: int) -> list[Any]:
             words = _load(builder, _apart(builder, weights, row_bytes, row), 0, INT_VECTOR)
-            vectors = [words] if item == 4 else _halves(builder, words)
-            return [builder.bitcast(vector, FLOAT_VECTOR) for vector in vectors]
+            return _halves(builder, words) if kind_of == 1 else [words]
 
         lines = [line(row) for row in range(n_rows)]
-        tokens = [_load(builder, x, _LINE * i, FLOAT_VECTOR) for i in range(parts * n_tokens)]
+        tokens = [_load(builder, x, _LINE * i, INT_VECTOR) for i in range(parts * n_tokens)]
 
         def change(i: int, total: Any) -> Any:
             row, token = divmod(i, n_tokens)
             for part in range(parts):
-                factors = lines[row][part], tokens[parts * token + part]
-                total = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
+                total = add(builder, total, lines[row][part], tokens[parts * token + part])
             return total
 
         return _changed(context, builder, sums, tile, change)
 
-    return sums(sums, rows, item_bytes, *[types.int64] * 3), code
+    return sums(sums, rows, kind, *[types.int64] * 3), code
 
 
 @intrinsic

@@ -2,8 +2,9 @@
 
 A row of a matrix is taken line by line, 64 bytes at a time. A line of float32 is a vector. One of bfloat16 is two: the
 lower halves of its words of 32 bits, the numbers with even places, and the upper halves, those with odd ones; each is a
-float32 but for zeros. So the tokens lie by lines as well, the even numbers of a line before the odd ones. A row times a
-token is one sum, in sixteen parts: the lanes of a vector, which are added up at the end.
+float32 but for zeros. So the tokens lie by lines as well, the even numbers of a line before the odd ones. Where tokens
+are rounded to bfloat16, a line of both is pairs of numbers instead. A row times a token is one sum, in sixteen parts:
+the lanes of a vector, which are added up at the end.
 
 One token waits for memory alone. Rows go by as they lie there, a single stream, and each line is asked for four pages
 early; only a token too wide for the first-level cache is not taken again for every row. That one, and several tokens,
@@ -31,18 +32,21 @@ from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, OUTPUT, ROWS, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
+from npllama.kernels.rounded import nearest
 from npllama.kernels.simd_quantised import load_one_byte
 from npllama.kernels.simd_sums import inner_lines, no_sums, store_sums, store_totals, sums_at
 
 #: Tokens at most.
 FEW = 16
+#: How products are computed: float32 weights; bfloat16 weights in float32; bfloat16 weights and tokens, in pairs.
+FLOATS, HALVES, PAIRS = range(3)
 #: Rows of a matrix that are a unit of work.
 BLOCK = 16
 
 _LANES = 16
 _LINE = 64
-#: Numbers of a party in a chunk: 16 kB.
-_CHUNK = 4096
+#: Bytes of a party in a chunk.
+_CHUNK = 1 << 14
 #: How many bytes before its turn a line is fetched for one token: four pages.
 _EARLY = 1 << 14
 #: Numbers of one token that leave room in the first-level cache, 16 kB.
@@ -51,10 +55,9 @@ _NARROW = 4096
 _SUMS, _ROWS_OF_ONE = 16, 8
 #: Numbers of tokens that rows are multiplied with.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
-_BFLOAT16_BYTES, _FLOAT32_BYTES = 2, 4
 
 
-def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
+def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind: int) -> None:
     """Fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, all matrices in one parallel loop.
 
     Parameters
@@ -64,11 +67,13 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     weights : sequence of Tensor of shape (M, N)
         All float32, or all bfloat16. M may differ, and is 16 at least.
     outputs : sequence of ndarray of shape (T, M), float32
+    kind : int
+        FLOATS, HALVES, or PAIRS, which rounds the input to bfloat16.
     """
-    jobs, item = jobs_of(weights, outputs, BLOCK), weights[0].data.itemsize
-    tokens = aligned(tokens_size(len(x), x.shape[1], item), x)
-    line_up(x, item, tokens)
-    _multiply(tokens, len(x), x.shape[1], jobs, item, numba.get_num_threads(), _address_of_work())
+    tokens = aligned(tokens_size(len(x), x.shape[1], kind), x)
+    line_up(np.ascontiguousarray(x), kind, tokens)
+    jobs, threads = jobs_of(weights, outputs, BLOCK), numba.get_num_threads()
+    _multiply(tokens, len(x), x.shape[1], jobs, kind, threads, _address_of_work())
 
 
 @cache
@@ -83,35 +88,69 @@ def tokens_of(n_new: int) -> int:
     return _ONE if n_new == 1 else _FOUR if n_new <= _FOUR else _EIGHT
 
 
-@compiled()
-def tokens_size(n_new: int, width: int, item: int) -> Any:
-    """Return the room that `line_up` needs for tokens (T, N) and weights of so many bytes."""
-    numbers, whole = _LINE // item, (n_new - 1) // _EIGHT * _EIGHT
-    return (width + numbers - 1) // numbers * numbers * (whole + tokens_of(n_new - whole))
+@compiled(inline=True)
+def item_bytes(kind: int) -> int:
+    """Return the bytes of a weight."""
+    return 4 if kind == FLOATS else 2
+
+
+@compiled(inline=True)
+def _vectors_of(kind: int) -> int:
+    """Return how many vectors a line of weights meets in a token."""
+    return 2 if kind == HALVES else 1
 
 
 @compiled()
-def line_up(x: Array, item: int, tokens: Array) -> None:
+def tokens_size(n_new: int, width: int, kind: int) -> Any:
+    """Return the room that `line_up` needs for tokens (T, N)."""
+    lines, whole = (item_bytes(kind) * width + _LINE - 1) // _LINE, (n_new - 1) // _EIGHT * _EIGHT
+    return lines * _vectors_of(kind) * _LANES * (whole + tokens_of(n_new - whole))
+
+
+@compiled()
+def line_up(x: Array, kind: int, tokens: Array) -> None:
     """Lay out tokens x (T, N) as `multiply_block` takes them: parties, lines, tokens, numbers; zeros fill up."""
-    n_new, width = x.shape
-    numbers = _LINE // item
-    parts, whole = numbers // _LANES, width // numbers  # even and odd numbers, or all; lines
-    for first in range(0, n_new, _EIGHT):
-        party = min(_EIGHT, n_new - first)
-        start, count = tokens_size(first, width, item) if first > 0 else 0, tokens_of(party)
-        lines = tokens[start : start + tokens_size(party, width, item)].reshape(-1, count, numbers)
-        lines[:, party:], lines[whole:] = 0, 0
-        for t in range(party):
-            for line in range(whole):
-                for part in range(parts):
-                    for i in range(_LANES):
-                        lines[line, t, part * _LANES + i] = x[first + t, numbers * line + i * parts + part]
-            for j in range(width - numbers * whole):
-                lines[whole, t, j % parts * _LANES + j // parts] = x[first + t, numbers * whole + j]
+    for first in range(0, x.shape[0], _EIGHT):
+        party = x[first : first + _EIGHT]
+        start = tokens_size(first, x.shape[1], kind) if first > 0 else 0
+        room = tokens[start : start + tokens_size(len(party), x.shape[1], kind)]
+        room[:] = 0
+        lines = room.reshape(-1, tokens_of(len(party)), _vectors_of(kind) * _LANES)
+        for t in range(len(party)):
+            if kind == PAIRS:
+                _line_up_pairs(party[t], lines[:, t].view(np.uint32))
+            else:
+                _line_up_numbers(party[t], lines[:, t])
+
+
+@compiled()
+def _line_up_numbers(x: Array, lines: Array) -> None:
+    """Write a token's numbers; where a line has two vectors, those with even places come first."""
+    numbers = lines.shape[1]
+    parts, whole = numbers // _LANES, len(x) // numbers
+    for line in range(whole):
+        for part in range(parts):
+            for i in range(_LANES):
+                lines[line, part * _LANES + i] = x[numbers * line + i * parts + part]
+    for j in range(len(x) - numbers * whole):
+        lines[whole, j % parts * _LANES + j // parts] = x[numbers * whole + j]
+
+
+@compiled()
+def _line_up_pairs(x: Array, lines: Array) -> None:
+    """Write a token's numbers as words of two bfloat16."""
+    bits, whole = x.view(np.uint32), len(x) // (2 * _LANES)
+    for line in range(whole):
+        for i in range(_LANES):
+            j = 2 * (_LANES * line + i)
+            lines[line, i] = nearest(bits[j]) >> np.uint32(16) | nearest(bits[j + 1])
+    for j in range(2 * _LANES * whole, len(x)):
+        number = nearest(bits[j])
+        lines[whole, (j - 2 * _LANES * whole) // 2] |= number if j % 2 == 1 else number >> np.uint32(16)
 
 
 @compiled(parallel=True)
-def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, item: int, n_threads: int, work: int) -> None:
+def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, kind: int, n_threads: int, work: int) -> None:
     """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end.
 
     ``work`` is the address of `_multiply_blocks`.
@@ -119,18 +158,19 @@ def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, item: int, n_t
     blocks = count_blocks(jobs, BLOCK)
     for thread in prange(n_threads):
         start, stop = blocks * thread // n_threads, blocks * (thread + 1) // n_threads
-        call_at(work, (tokens, n_new, width, jobs, item, start, stop))
+        call_at(work, (tokens, n_new, width, jobs, kind, start, stop))
 
 
 @compiled()
-def _multiply_blocks(tokens: Array, n_new: int, width: int, jobs: Array, item: int, start: int, stop: int) -> None:
+def _multiply_blocks(tokens: Array, n_new: int, width: int, jobs: Array, kind: int, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
     scratch = aligned(scratch_size(n_new), tokens)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
         row = min(first, job[ROWS] - BLOCK)
-        rows, pitch = job[DATA] + item * width * row, item * width
-        multiply_block(rows, width, item, tokens, n_new, rows + BLOCK * pitch, pitch, scratch)
+        pitch = item_bytes(kind) * width
+        rows = job[DATA] + pitch * row
+        multiply_block(rows, width, kind, tokens, n_new, rows + BLOCK * pitch, pitch, scratch)
         for t in range(n_new):
             output = job[OUTPUT] + 4 * (t * job[ROWS] + row)
             store_sums(output, sums_at(np.int64(scratch.ctypes.data) + t * _LINE, 1))
@@ -144,7 +184,7 @@ def scratch_size(n_new: int) -> int:
 
 @compiled()
 def multiply_block(
-    rows: int, width: int, item: int, tokens: Array, n_new: int, ahead: int, ahead_row: int, scratch: Array
+    rows: int, width: int, kind: int, tokens: Array, n_new: int, ahead: int, ahead_row: int, scratch: Array
 ) -> None:
     """Fill the beginning of ``scratch``, as (T, 16), with the products of all tokens and sixteen rows.
 
@@ -154,8 +194,8 @@ def multiply_block(
         Address of the first row; they lie one behind the other.
     width : int
         N.
-    item : int
-        Bytes of a number: 2 for bfloat16, 4 for float32.
+    kind : int
+        FLOATS, HALVES or PAIRS.
     tokens : ndarray, float32
         From `line_up`.
     n_new : int
@@ -165,62 +205,64 @@ def multiply_block(
     scratch : ndarray, float32
         As long as `scratch_size` says.
     """
-    pitch, x = item * width, np.int64(tokens.ctypes.data)
+    pitch, x = item_bytes(kind) * width, np.int64(tokens.ctypes.data)
     room = scratch[BLOCK * n_new :]
     last = _last_lines(rows, pitch, pitch // _LINE * _LINE, room)
     for first in range(0, n_new, _EIGHT):
         party = min(_EIGHT, n_new - first)
         count = tokens_of(party)
         if count == _ONE and width <= _NARROW:
-            _multiply_rows(rows, width, item, x, ahead, last, np.int64(room.ctypes.data))
+            _multiply_rows(rows, pitch, kind, x, ahead, last, np.int64(room.ctypes.data))
         else:
-            _multiply_bands(rows, width, item, x, count, ahead, ahead_row, last, room)
+            _multiply_bands(rows, pitch, kind, x, count, ahead, ahead_row, last, room)
         for t in range(party):
             for r in range(BLOCK):
                 scratch[(first + t) * BLOCK + r] = room[r * count + t]
-        x += 4 * tokens_size(party, width, item)
+        x += 4 * tokens_size(party, width, kind)
         ahead, ahead_row = rows, pitch  # once is enough
 
 
 @compiled()
-def _multiply_rows(rows: int, width: int, item: int, x: int, ahead: int, last: int, total: int) -> None:
+def _multiply_rows(rows: int, pitch: int, kind: int, x: int, ahead: int, last: int, total: int) -> None:
     """Write sixteen rows' products with one token to an address, a row at a time."""
-    pitch, end = item * width, rows + BLOCK * item * width
+    end = rows + BLOCK * pitch
     for row in range(rows, end, pitch):
         coming = row + _EARLY if row + _EARLY < end else ahead + row + _EARLY - end
-        if item == _BFLOAT16_BYTES:
-            _multiply_row(_BFLOAT16_BYTES, row, pitch // _LINE, last, x, coming, total)
+        if kind == PAIRS:
+            _multiply_row(PAIRS, row, pitch // _LINE, last, x, coming, total)
+        elif kind == HALVES:
+            _multiply_row(HALVES, row, pitch // _LINE, last, x, coming, total)
         else:
-            _multiply_row(_FLOAT32_BYTES, row, pitch // _LINE, last, x, coming, total)
+            _multiply_row(FLOATS, row, pitch // _LINE, last, x, coming, total)
         total += 4
         last += _LINE if last > 0 else 0
 
 
 @compiled(inline=True)
-def _multiply_row(item: int, row: int, n_lines: int, last: int, x: int, coming: int, total: int) -> None:
+def _multiply_row(kind: int, row: int, n_lines: int, last: int, x: int, coming: int, total: int) -> None:
     """Write the product of a row and one token to an address, with a last line that lies elsewhere, if there is one.
 
-    A number has literally so many bytes.
+    The kind is a literal.
     """
-    tile, x_line = no_sums(1), 4 * (_LINE // item)
+    tile, x_line = no_sums(1), _vectors_of(kind) * _LINE
     for n in range(n_lines):
         simd.prefetch(coming, _LINE * n)
-        tile = inner_lines(tile, 1, item, row + _LINE * n, 0, x + x_line * n)
+        tile = inner_lines(tile, 1, kind, row + _LINE * n, 0, x + x_line * n)
     if last > 0:
-        tile = inner_lines(tile, 1, item, last, 0, x + x_line * n_lines)
+        tile = inner_lines(tile, 1, kind, last, 0, x + x_line * n_lines)
     store_totals(total, tile)
 
 
 @compiled()
 def _multiply_bands(
-    rows: int, width: int, item: int, x: int, count: int, ahead: int, ahead_row: int, last: int, room: Array
+    rows: int, pitch: int, kind: int, x: int, count: int, ahead: int, ahead_row: int, last: int, room: Array
 ) -> None:
     """Fill the beginning of the room with the products of sixteen rows and a party, a band and chunk at a time."""
-    pitch, whole, numbers = item * width, item * width // _LINE, count * (_LINE // item)
-    totals, x_line, band = np.int64(room.ctypes.data), 4 * numbers, _ROWS_OF_ONE if count == _ONE else _SUMS // count
+    whole, x_line = pitch // _LINE, count * _vectors_of(kind) * _LINE
+    totals, band = np.int64(room.ctypes.data), _ROWS_OF_ONE if count == _ONE else _SUMS // count
     sums = totals + 4 * BLOCK * count
     room[BLOCK * count : BLOCK * count * (1 + _LANES)] = 0
-    chunks = 1 if count == _ONE else (whole * numbers + _CHUNK - 1) // _CHUNK
+    chunks = 1 if count == _ONE else (whole * x_line + _CHUNK - 1) // _CHUNK
     for chunk in range(chunks):
         start, stop = whole * chunk // chunks, whole * (chunk + 1) // chunks
         for r in range(0, BLOCK, band):
@@ -230,9 +272,9 @@ def _multiply_bands(
             elif chunks == 1:
                 coming, coming_pitch = (column + band * pitch, pitch) if r + band < BLOCK else (ahead, ahead_row)
             at, to = x + start * x_line, sums + r * count * _LINE
-            _add_band(column, pitch, item, at, count, stop - start, coming, coming_pitch, to)
+            _add_band(column, pitch, kind, at, count, stop - start, coming, coming_pitch, to)
     for r in range(0, BLOCK if last > 0 else 0, band):
-        _add_band(last + r * _LINE, _LINE, item, x + whole * x_line, count, 1, last, 0, sums + r * count * _LINE)
+        _add_band(last + r * _LINE, _LINE, kind, x + whole * x_line, count, 1, last, 0, sums + r * count * _LINE)
     for r in range(0, BLOCK * count, _SUMS):
         store_totals(totals + 4 * r, sums_at(sums + r * _LINE, _SUMS))
 
@@ -255,29 +297,35 @@ def _last_lines(rows: int, pitch: int, whole: int, room: Array) -> Any:
 
 @compiled()
 def _add_band(
-    rows: int, pitch: int, item: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
+    rows: int, pitch: int, kind: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
 ) -> None:
     """Add so many lines of a band to its sums; fetch as many of the rows that come meanwhile."""
-    if item == _BFLOAT16_BYTES:
-        if count == _ONE:
-            _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _BFLOAT16_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
-        elif count == _FOUR:
-            _add(_SUMS, 4, _BFLOAT16_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
-        else:
-            _add(_SUMS, 2, _BFLOAT16_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
-    elif count == _ONE:
-        _add(_ROWS_OF_ONE, _ROWS_OF_ONE, _FLOAT32_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
-    elif count == _FOUR:
-        _add(_SUMS, 4, _FLOAT32_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+    if kind == PAIRS:
+        _add_to(PAIRS, rows, pitch, x, count, n_lines, coming, coming_pitch, sums)
+    elif kind == HALVES:
+        _add_to(HALVES, rows, pitch, x, count, n_lines, coming, coming_pitch, sums)
     else:
-        _add(_SUMS, 2, _FLOAT32_BYTES, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+        _add_to(FLOATS, rows, pitch, x, count, n_lines, coming, coming_pitch, sums)
+
+
+@compiled(inline=True)
+def _add_to(
+    kind: int, rows: int, pitch: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
+) -> None:
+    """Do `_add_band` for a literal kind."""
+    if count == _ONE:
+        _add(_ROWS_OF_ONE, _ROWS_OF_ONE, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+    elif count == _FOUR:
+        _add(_SUMS, 4, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+    else:
+        _add(_SUMS, 2, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
 
 
 @compiled(inline=True)
 def _add(
     n_sums: int,
     n_rows: int,
-    item: int,
+    kind: int,
     rows: int,
     pitch: int,
     x: int,
@@ -286,11 +334,11 @@ def _add(
     coming_pitch: int,
     sums: int,
 ) -> None:
-    """Do `_add_band` for literally so many sums, rows, and bytes of a number."""
+    """Do `_add_band` for literally so many sums and rows, and a literal kind."""
     tile = sums_at(sums, n_sums)
-    x_line = n_sums // n_rows * 4 * (_LINE // item)
+    x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
     for n in range(n_lines):
         for row in range(n_rows):
             simd.prefetch(coming + row * coming_pitch, _LINE * n)
-        tile = inner_lines(tile, n_rows, item, rows + _LINE * n, pitch, x + x_line * n)
+        tile = inner_lines(tile, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
     store_sums(sums, tile)

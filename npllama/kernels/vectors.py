@@ -26,18 +26,19 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
         vector_blocks.multiply(x, weights, outputs, FLOATS)
     elif weights[0].dtype in PACKINGS:
         quantised_dots.multiply(x, weights, outputs)
-    elif min(weight.shape[0] for weight in weights) >= vector_rows.BLOCK:
-        vector_rows.multiply(x, weights, outputs)
     else:
-        _multiply_small(x, weights, outputs)
+        kind = vector_rows.FLOATS if weights[0].dtype == "float32" else vector_rows.HALVES
+        _multiply_rows(x, weights, outputs, kind)
 
 
 def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
     """Do the same with x rounded to bfloat16, and any weights but float32: many tokens take half of the time then."""
     if len(x) > _few(weights):
         vector_blocks.multiply(x, weights, outputs, PAIRS)
-    else:
+    elif weights[0].dtype in PACKINGS:
         multiply(rounded(x), weights, outputs)
+    else:
+        _multiply_rows(x, weights, outputs, vector_rows.PAIRS)
 
 
 def multiply_bytes(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
@@ -53,8 +54,11 @@ def _few(weights: Sequence[Tensor]) -> int:
     return byte_rows.FEW if weights[0].dtype in PACKINGS else vector_rows.FEW
 
 
-def _multiply_small(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
-    """Multiply by matrices of fewer rows than a block, filled up with zeros."""
+def _multiply_rows(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind: int) -> None:
+    """Multiply row by row; matrices of fewer rows than a block are filled up with zeros."""
+    if min(weight.shape[0] for weight in weights) >= vector_rows.BLOCK:
+        vector_rows.multiply(x, weights, outputs, kind)
+        return
 
     def filled_up(weight: Tensor) -> Tensor:
         data = np.zeros((max(vector_rows.BLOCK, weight.shape[0]), weight.shape[1]), weight.data.dtype)
@@ -63,6 +67,6 @@ def _multiply_small(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array
 
     matrices = [filled_up(weight) for weight in weights]
     results = [np.empty((len(x), matrix.shape[0]), np.float32) for matrix in matrices]
-    vector_rows.multiply(x, matrices, results)
+    vector_rows.multiply(x, matrices, results, kind)
     for output, result in zip(outputs, results, strict=True):
         output[:] = result[:, : output.shape[1]]

@@ -105,16 +105,23 @@ def test_an_outer_product_of_bytes() -> None:
 
 
 def test_inner_products_of_float32_rows_and_tokens() -> None:
-    found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 4, a, 64, b))", FLOATS, FLOATS, size=128)
+    found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 0, a, 64, b))", FLOATS, FLOATS, size=128)
     np.testing.assert_array_equal(found.reshape(2, 4, 16), FLOATS[:2, None] * FLOATS[None, :4])
 
 
 def test_inner_products_of_bfloat16_rows_and_tokens_add_even_and_odd_numbers() -> None:
     rows = widen(BITS, "bfloat16").reshape(-1, 32)[:2, None].astype(np.float64)
     tokens = FLOATS[:8].reshape(4, 2, 16)
-    found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 2, a, 64, b))", BITS, FLOATS, size=128)
+    found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 1, a, 64, b))", BITS, FLOATS, size=128)
     expected = rows[..., ::2] * tokens[:, 0] + rows[..., 1::2] * tokens[:, 1]
     np.testing.assert_allclose(found.reshape(2, 4, 16), expected, 1e-5, 1e-6)
+
+
+def test_inner_products_of_pairs_of_rows_and_tokens() -> None:
+    numbers = widen(BITS, "bfloat16").reshape(-1, 16, 2).astype(np.float64)
+    found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 2, a, 64, b))", BITS, BITS[8:12].copy(), size=128)
+    expected = (numbers[:2, None] * numbers[None, 8:12]).sum(axis=3)
+    np.testing.assert_allclose(found.reshape(2, 4, 16), expected, 1e-5)
 
 
 def test_inner_products_of_bytes_and_of_halves_of_bytes() -> None:

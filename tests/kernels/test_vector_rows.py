@@ -10,6 +10,7 @@ from npllama.dtypes import Array, Tensor, narrow
 from npllama.kernels import vector_rows
 from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.matmul import products
+from npllama.rounding import rounded
 
 PATH = "avx512"
 pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX-512")
@@ -26,15 +27,21 @@ def stored(values: Array, dtype: str) -> Tensor:
     return Tensor(narrow(values, dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("activations", "dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
 @pytest.mark.parametrize(("m", "n"), SHAPES)
-def test_few_tokens_are_what_float64_says_and_each_is_what_it_is_alone(dtype: str, m: int, n: int) -> None:
+def test_few_tokens_are_what_float64_says_and_each_is_what_it_is_alone(
+    activations: str, dtype: str, m: int, n: int
+) -> None:
     x, weight = normal(vector_rows.FEW, n), stored(normal(m, n, seed=1), dtype)
-    alone = np.concatenate([products(PATH).linear(x[t : t + 1], weight) for t in range(len(x))])
-    expected = x.astype(np.float64) @ weight.numbers(to=np.float64).T
+    product = products(PATH, activations)
+    alone = np.concatenate([product.linear(x[t : t + 1], weight) for t in range(len(x))])
+    entering = rounded(x) if activations == "bfloat16" else x
+    expected = entering.astype(np.float64) @ weight.numbers(to=np.float64).T
     assert ((alone - expected) ** 2).sum() < 4e-13 * (expected**2).sum()
     for count in range(2, vector_rows.FEW + 1):
-        np.testing.assert_array_equal(products(PATH).linear(x[:count], weight), alone[:count])
+        np.testing.assert_array_equal(product.linear(x[:count], weight), alone[:count])
 
 
 def test_a_row_does_not_depend_on_the_other_rows_of_the_weight() -> None:
