@@ -39,7 +39,7 @@ from npllama.kernels.simd_sums import add_products_at, inner_bytes, inner_nibble
 from npllama.kernels.vector_rows import tokens_of
 
 #: Tokens at most.
-FEW = 8
+FEW = 16
 
 _LANES = 16
 _LINE = 64
@@ -75,7 +75,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     Parameters
     ----------
     x : ndarray of shape (T, N), float32
-        T is 8 at most.
+        T is 16 at most.
     weights : sequence of Tensor of shape (M, N)
         int8 or int4. M may differ.
     outputs : sequence of ndarray of shape (T, M), float32
@@ -93,26 +93,29 @@ def _address_of_work() -> int:
 @compiled()
 def _multiply_blocks(x: Array, jobs: Array, is_int4: bool, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop`` by all tokens."""
-    groups, count = (x.shape[1] + GROUP - 1) // GROUP, tokens_of(x.shape[0])
-    room = aligned(tokens_bytes(groups, count), np.empty(0, np.int8))
-    tokens = round_tokens(x, is_int4, room)
-    block_sums = np.empty((BLOCK, count), np.float32)
+    groups, n_new = (x.shape[1] + GROUP - 1) // GROUP, x.shape[0]
+    tokens = aligned(tokens_bytes(groups, n_new), np.empty(0, np.int8))
+    round_tokens(x, is_int4, tokens)
+    room = np.empty(products_size(BLOCK), np.float32)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
         rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), first, groups, is_int4)
-        n_rows = min(BLOCK, job[ROWS] - first)
-        ahead = rows_at(rows, BLOCK, groups, is_int4)
-        multiply_rows(rows, n_rows, groups, is_int4, tokens, count, ahead, np.int64(block_sums.ctypes.data))
-        for t in range(x.shape[0]):
-            for r in range(n_rows):
-                simd.store_one(job[OUTPUT] + 4 * (t * job[ROWS] + first), 4 * r, block_sums[r, t])
-    room[0] = 0  # Numba frees an array behind its last use, and an address is none
+        n_rows, ahead = min(BLOCK, job[ROWS] - first), rows_at(rows, BLOCK, groups, is_int4)
+        output, pitch = job[OUTPUT] + 4 * first, 4 * job[ROWS]
+        multiply_block(rows, n_rows, groups, is_int4, tokens, n_new, ahead, room, output, pitch)
 
 
 @compiled()
-def tokens_bytes(groups: int, count: int) -> int:
+def tokens_bytes(groups: int, n_new: int) -> int:
     """Return how many bytes so many tokens take: whole cache lines."""
-    return count * ((groups + 1) // 2 * 2 * GROUP + 3 * _pitch(groups))
+    count = (n_new - 1) // _EIGHT * _EIGHT
+    return (count + tokens_of(n_new - count)) * ((groups + 1) // 2 * 2 * GROUP + 3 * _pitch(groups))
+
+
+@compiled(inline=True)
+def products_size(n_rows: int) -> int:
+    """Return the numbers of room that `multiply_block` needs for so many rows."""
+    return n_rows * _EIGHT
 
 
 @compiled(inline=True)
@@ -122,8 +125,18 @@ def _pitch(groups: int) -> int:
 
 
 @compiled()
-def round_tokens(x: Array, is_int4: bool, room: Array) -> Tokens:
-    """Round tokens x (T, N) to integers in ``room``, as many int8 as `tokens_bytes` says; return where they are."""
+def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
+    """Round tokens x (T, N) to integers, in parties of eight, to as many int8 of room as `tokens_bytes` says."""
+    groups = (x.shape[1] + GROUP - 1) // GROUP
+    for first in range(0, x.shape[0], _EIGHT):
+        party = x[first : first + _EIGHT]
+        start = tokens_bytes(groups, first) if first > 0 else 0
+        _round_party(party, is_int4, room[start : start + tokens_bytes(groups, len(party))])
+
+
+@compiled()
+def _round_party(x: Array, is_int4: bool, room: Array) -> None:
+    """Do `round_tokens` to up to eight tokens."""
     groups, count = (x.shape[1] + GROUP - 1) // GROUP, tokens_of(x.shape[0])
     pitch, size = _pitch(groups), (groups + 1) // 2 * 2 * GROUP * count
     numbers = room[size:].view(np.float32).reshape(3, count, pitch // 4)
@@ -145,24 +158,67 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> Tokens:
             else:
                 at = (g * count + t) * GROUP
                 room[at : at + GROUP] = integers
-    return tokens_at(np.int64(room.ctypes.data), groups, count)
 
 
 @compiled()
-def tokens_at(address: int, groups: int, count: int) -> Tokens:
-    """Return where the parts of tokens are that lie at an address."""
+def _tokens_at(address: int, groups: int, count: int) -> Tokens:
+    """Return where the parts of a party are that lies at an address."""
     pitch, begins = _pitch(groups), address + (groups + 1) // 2 * 2 * GROUP * count
     return Tokens(address, begins, begins + count * pitch, begins + 2 * count * pitch, pitch)
 
 
 @compiled()
-def multiply_rows(
+def multiply_block(
+    rows: Rows,
+    n_rows: int,
+    groups: int,
+    is_int4: bool,
+    tokens: Array,
+    n_new: int,
+    ahead: Rows,
+    room: Array,
+    output: int,
+    pitch: int,
+) -> None:
+    """Write the products of some rows with all tokens to an address, as float32, a token's ``pitch`` bytes apart.
+
+    Parameters
+    ----------
+    rows : Rows
+        Where the first row is.
+    n_rows, groups : int
+        Rows, and groups of 64 numbers that a row has.
+    is_int4 : bool
+        The weights are int4, not int8.
+    tokens : ndarray, int8
+        From `round_tokens`.
+    n_new : int
+        T.
+    ahead : Rows
+        As many rows from there are fetched from memory meanwhile: the processor by itself looks no further than a page.
+    room : ndarray, float32
+        As long as `products_size` says.
+    output, pitch : int
+        Where to, and bytes from one token's numbers to the next one's.
+    """
+    products = np.int64(room.ctypes.data)
+    for first in range(0, n_new, _EIGHT):
+        party = min(_EIGHT, n_new - first)
+        count = tokens_of(party)
+        start = tokens_bytes(groups, first) if first > 0 else np.int64(0)
+        where = _tokens_at(np.int64(tokens.ctypes.data) + start, groups, count)
+        _multiply_rows(rows, n_rows, groups, is_int4, where, count, ahead, products)
+        for t in range(party):
+            for r in range(n_rows):
+                simd.store_one(output + (first + t) * pitch, 4 * r, room[r * count + t])
+        ahead = rows  # once is enough
+
+
+@compiled()
+def _multiply_rows(
     weights: Rows, n_rows: int, groups: int, is_int4: bool, tokens: Tokens, count: int, ahead: Rows, output: int
 ) -> None:
-    """Write the products of some rows with all tokens to an address, as float32, those of a row one after the other.
-
-    Meanwhile as many rows at ``ahead`` are fetched from memory: the processor by itself looks no further than a page.
-    """
+    """Write the products of some rows with a party to an address, those of a row one after the other."""
     for row in range(n_rows):
         here, there = rows_at(weights, row, groups, is_int4), rows_at(ahead, row, groups, is_int4)
         to = output + 4 * row * count
@@ -176,7 +232,7 @@ def multiply_rows(
 
 @compiled(inline=True)
 def _multiply_row(count: int, row: Rows, groups: int, is_int4: bool, tokens: Tokens, ahead: Rows, output: int) -> None:
-    """Do `multiply_rows` to one row and literally so many tokens."""
+    """Do `_multiply_rows` to one row and literally so many tokens."""
     sums = no_sums(count)
     for g in range(0, groups, _LANES):
         simd.prefetch(ahead.scales, 2 * g)

@@ -76,15 +76,15 @@ class Inputs(NamedTuple):
 @compiled()
 def inputs_room(n_new: int, widest: int, like: Array, rounds: bool) -> Inputs:
     """Return room for inputs (T, N) of up to so many numbers a row."""
-    groups, count = (widest + GROUP - 1) // GROUP, vector_rows.tokens_of(n_new)
+    groups = (widest + GROUP - 1) // GROUP
     size = max(token_bytes(groups, False), token_bytes(groups, True))
-    size = max(size, byte_rows.tokens_bytes(groups, count))
+    size = max(size, byte_rows.tokens_bytes(groups, n_new))
     lines = aligned(vector_rows.tokens_size(n_new, widest, vector_rows.HALVES), like)
     return Inputs(
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
         lines,
         aligned(2 * size, np.empty(0, np.int8)).reshape(2, size),
-        aligned(max(4 * _SQUARE, vector_rows.scratch_size(n_new)), like),
+        aligned(max(4 * _SQUARE, vector_rows.scratch_size(n_new), byte_rows.products_size(ROWS)), like),
         np.empty(n_new * widest if rounds else 0, np.float32),
     )
 
@@ -178,7 +178,7 @@ def _prepare(
                 take_apart(x[0], form == _INT4, inputs.tokens[form - 1, : token_bytes(groups, form == _INT4)])
         if integers is not None:  # noqa: SIM102
             if is_wanted and form != _BFLOAT16:
-                size = byte_rows.tokens_bytes(groups, vector_rows.tokens_of(x.shape[0]))
+                size = byte_rows.tokens_bytes(groups, x.shape[0])
                 byte_rows.round_tokens(x, form == _INT4, inputs.tokens[form - 1, :size])
 
 
@@ -214,11 +214,9 @@ def _multiply_part(
             multiply_rows(part.rows, np.int64(ROWS), groups, is_int4, token, following, np.int64(block.ctypes.data))
     if integers is not None:  # noqa: SIM102
         if part.form != _BFLOAT16:
-            count = vector_rows.tokens_of(n_new)
-            tokens = byte_rows.tokens_at(np.int64(inputs.tokens[part.form - 1].ctypes.data), groups, count)
-            products = np.int64(inputs.scratch.ctypes.data)
-            byte_rows.multiply_rows(part.rows, np.int64(ROWS), groups, is_int4, tokens, count, following, products)
-            _turn(inputs.scratch, count, n_new, block)
+            size, output = byte_rows.tokens_bytes(groups, n_new), np.int64(block.ctypes.data)
+            tokens, room, rows = inputs.tokens[part.form - 1, :size], inputs.scratch, np.int64(ROWS)
+            byte_rows.multiply_block(part.rows, rows, groups, is_int4, tokens, n_new, following, room, output, 4 * ROWS)
 
 
 @compiled(inline=True)
@@ -239,14 +237,6 @@ def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahea
         vector_rows.multiply_block(rows, width, kind, inputs.lines, n_new, coming, size, products)
         for t in range(n_new):
             simd.store(block, t * ROWS + first, simd.load(products, t * vector_rows.BLOCK))
-
-
-@compiled(inline=True)
-def _turn(products: Array, count: int, n_new: int, block: Array) -> None:
-    """Write products, those of a row with ``count`` tokens one after the other, to a block (T, rows)."""
-    for t in range(n_new):
-        for r in range(ROWS):
-            block[t * ROWS + r] = products[r * count + t]
 
 
 @compiled()

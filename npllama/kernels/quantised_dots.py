@@ -19,6 +19,8 @@ from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_block
 from npllama.kernels.memory import aligned
 from npllama.kernels.quantised_rows import Rows, multiply_rows, rows_at, take_apart, token_at, token_bytes
 
+#: Tokens up to which this is faster than laying weights out for many.
+FEW = 8
 #: Rows of a matrix that a thread takes at a time.
 BLOCK = 16
 

@@ -43,7 +43,7 @@ def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arra
 
 def multiply_bytes(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
     """Do the same with x rounded to int8, and weights of int8 or int4: many tokens take a quarter of the time then."""
-    if len(x) > _few(weights):
+    if len(x) > byte_rows.FEW:
         vector_blocks.multiply(x, weights, outputs, BYTES)
     else:
         byte_rows.multiply(x, weights, outputs)
@@ -51,7 +51,7 @@ def multiply_bytes(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]
 
 def _few(weights: Sequence[Tensor]) -> int:
     """Return up to how many tokens meet weights row by row."""
-    return byte_rows.FEW if weights[0].dtype in PACKINGS else vector_rows.FEW
+    return quantised_dots.FEW if weights[0].dtype in PACKINGS else vector_rows.FEW
 
 
 def _multiply_rows(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind: int) -> None:
