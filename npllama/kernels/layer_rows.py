@@ -64,6 +64,8 @@ class Inputs(NamedTuple):
         Room for four tiles, or the sums of a block in vectors.
     rounded : ndarray, float32
         Room for an input that is rounded to bfloat16 before it is prepared; empty where none is.
+    kind : int
+        How vectors are multiplied, see `npllama.kernels.vector_rows`.
     """
 
     panel: Array
@@ -71,10 +73,11 @@ class Inputs(NamedTuple):
     tokens: Array
     scratch: Array
     rounded: Array
+    kind: int
 
 
 @compiled()
-def inputs_room(n_new: int, widest: int, like: Array, rounds: bool) -> Inputs:
+def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -> Inputs:
     """Return room for inputs (T, N) of up to so many numbers a row."""
     groups = (widest + GROUP - 1) // GROUP
     size = max(token_bytes(groups, False), token_bytes(groups, True))
@@ -86,6 +89,7 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool) -> Inputs:
         aligned(2 * size, np.empty(0, np.int8)).reshape(2, size),
         aligned(max(4 * _SQUARE, vector_rows.scratch_size(n_new), byte_rows.products_size(ROWS)), like),
         np.empty(n_new * widest if rounds else 0, np.float32),
+        kind,
     )
 
 
@@ -172,7 +176,7 @@ def _prepare(
                 _pack_floats(x, inputs.panel)
         if vectors is not None:  # noqa: SIM102
             if is_wanted and form == _BFLOAT16:
-                vector_rows.line_up(x, _kind_of(inputs), inputs.lines)
+                vector_rows.line_up(x, inputs.kind, inputs.lines)
         if digits is not None:  # noqa: SIM102
             if is_wanted and form != _BFLOAT16:
                 take_apart(x[0], form == _INT4, inputs.tokens[form - 1, : token_bytes(groups, form == _INT4)])
@@ -219,16 +223,10 @@ def _multiply_part(
             byte_rows.multiply_block(part.rows, rows, groups, is_int4, tokens, n_new, following, room, output, 4 * ROWS)
 
 
-@compiled(inline=True)
-def _kind_of(inputs: Inputs) -> int:
-    """Return how `npllama.kernels.vector_rows` multiplies bfloat16: in pairs where inputs are rounded."""
-    return vector_rows.PAIRS if inputs.rounded.size > 0 else vector_rows.HALVES
-
-
 @compiled()
 def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahead: Part) -> None:
     """Do what `multiply_part` does, for bfloat16 in vectors: as blocks of 16 rows."""
-    width, row, products, kind = part.width, _ITEM * part.width, inputs.scratch, _kind_of(inputs)
+    width, row, products, kind = part.width, _ITEM * part.width, inputs.scratch, inputs.kind
     for first in range(0, ROWS, vector_rows.BLOCK):
         rows = part.rows.data + row * first
         coming, size = rows + vector_rows.BLOCK * row, row

@@ -65,6 +65,8 @@ class Plan(NamedTuple):
         Its number in `npllama.kernels.activation`.
     has_qk_norm, rounds : bool
         Queries and keys are normed, head by head; the inputs of products are rounded to bfloat16.
+    kind : int
+        How vectors are multiplied, see `npllama.kernels.vector_rows`.
     eps, scale : float32
         That of the norms; what scores are multiplied by, in units of ln 2.
     """
@@ -80,6 +82,7 @@ class Plan(NamedTuple):
     activation: int
     has_qk_norm: bool
     rounds: bool
+    kind: int
     eps: np.float32
     scale: np.float32
 
@@ -248,7 +251,7 @@ def own_of(plan: Plan, sequences: Array, like: Array) -> Own:
     """Return a thread's room, and its copy of the table of sequences."""
     widest = max(plan.dim, max(plan.hidden_dim, plan.n_heads * plan.head_dim))
     return Own(
-        inputs_room(plan.n_new, widest, like, plan.rounds),
+        inputs_room(plan.n_new, widest, like, plan.rounds, plan.kind),
         np.empty((plan.n_new, plan.dim), np.float32),
         np.empty(plan.n_new * ROWS, np.float32),
         np.empty(plan.n_new * ROWS, np.float32),

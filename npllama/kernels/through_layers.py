@@ -75,13 +75,16 @@ class ThroughLayers:
     config : ModelConfig
     ways : set of str
         How its matrices are multiplied: see `npllama.kernels.layer_rows`.
-    rounds : bool
-        The inputs of products are rounded to bfloat16.
+    rounds, pairs : bool
+        The inputs of products are rounded to bfloat16, and vectors meet bfloat16 in pairs.
     """
 
-    def __init__(self, weights: Any, config: Any, ways: Collection[str], *, rounds: bool = False) -> None:
+    def __init__(
+        self, weights: Any, config: Any, ways: Collection[str], *, rounds: bool = False, pairs: bool = False
+    ) -> None:
         self._config = config
         self._rounds = rounds
+        self._kind = vector_rows.PAIRS if pairs else vector_rows.HALVES
         widest = max(config.dim, config.hidden_dim, config.n_heads * config.head_dim)
         # Adding -0 changes no number, not even a zero: it stands for a bias that is not there.
         self._nothing = np.full(widest, -0.0, np.float32)
@@ -170,6 +173,7 @@ class ThroughLayers:
             _KINDS[config.activation],
             config.qk_norm == "head",
             self._rounds,
+            self._kind,
             np.float32(config.norm_eps),
             np.float32(math.log2(math.e) / math.sqrt(config.score_dim or config.head_dim)),
         )
@@ -231,7 +235,9 @@ def through_layers_by(path: str, weights: Any, config: Any, *, activations: str 
     ways = {_way(path, activations, matrix.dtype) for matrix in matrices}
     if None in ways or not fits or ("tiles" in ways and 2 * config.dim >= _WIDE):
         return None
-    return ThroughLayers(weights, config, {way for way in ways if way}, rounds=activations == "bfloat16")
+    rounds = activations == "bfloat16"
+    pairs = rounds and path == "avx512bf16"  # as in `npllama.kernels.matmul.ROUNDED`
+    return ThroughLayers(weights, config, {way for way in ways if way}, rounds=rounds, pairs=pairs)
 
 
 def _way(path: str, activations: str, dtype: str) -> str | None:

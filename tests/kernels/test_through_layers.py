@@ -20,7 +20,7 @@ from npllama.config import Experts
 from npllama.dtypes import PACKINGS, Array, Tensor, narrow
 from npllama.engine import Model
 from npllama.kernels import byte_rows, vector_rows
-from npllama.kernels.features import choose, host_features
+from npllama.kernels.features import PATHS, choose, host_features
 from npllama.kernels.paths import twins
 from npllama.kernels.through_layers import through_layers
 from npllama.weights import gather_weights
@@ -268,3 +268,20 @@ def test_integers_and_tokens_in_int8_may_be_several_at_once() -> None:
     for count in (byte_rows.FEW, 3, 1):
         new = loud_tokens(exact.config, count, seed=count)
         assert_same_bits(at_once.forward(new, caches[0]), layer_by_layer.forward(new, caches[1]))
+
+
+@needs_vectors
+@pytest.mark.parametrize("path", ["avx512", "avx512bf16"])
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+def test_on_every_path_the_bits_are_those_of_single_operations(path: str, activations: str) -> None:
+    if not PATHS[path] <= host_features():
+        pytest.skip("this processor has no such instructions")
+    model = loud_model(loud_config(), dtype="bfloat16")
+    known = SimpleNamespace(**{**vars(ops), **twins(path, activations)})
+    by_layer = SimpleNamespace(**{**vars(known), "through_layers": ops.through_layers})
+    at_once, layer_by_layer = (Model(model.config, model.weights, of, backend="fast") for of in (known, by_layer))
+    caches = [fed(model, 9) for model in (at_once, layer_by_layer)]
+    for count in (vector_rows.FEW, 3, 1):
+        new = loud_tokens(model.config, count, seed=count)
+        assert_same_bits(at_once.forward(new, caches[0]), layer_by_layer.forward(new, caches[1]))
+    assert_same_bits(*(cache.room()[:, :, :, : cache.length] for cache in caches))  # rounded nowhere behind a product
