@@ -101,8 +101,8 @@ def _multiply_blocks(x: Array, jobs: Array, is_int4: bool, start: int, stop: int
         job, first = job_of(jobs, block, BLOCK)
         rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), first, groups, is_int4)
         n_rows, ahead = min(BLOCK, job[ROWS] - first), rows_at(rows, BLOCK, groups, is_int4)
-        output, pitch = job[OUTPUT] + 4 * first, 4 * job[ROWS]
-        multiply_block(rows, n_rows, groups, is_int4, tokens, n_new, ahead, room, output, pitch)
+        output, token = job[OUTPUT] + 4 * first, 4 * job[ROWS]
+        multiply_block(rows, n_rows, groups, is_int4, tokens, n_new, ahead, room, output, token)
 
 
 @compiled()
@@ -130,7 +130,7 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
     groups = (x.shape[1] + GROUP - 1) // GROUP
     for first in range(0, x.shape[0], _EIGHT):
         party = x[first : first + _EIGHT]
-        start = tokens_bytes(groups, first) if first > 0 else 0
+        start = tokens_bytes(groups, first)
         _round_party(party, is_int4, room[start : start + tokens_bytes(groups, len(party))])
 
 
@@ -178,9 +178,9 @@ def multiply_block(
     ahead: Rows,
     room: Array,
     output: int,
-    pitch: int,
+    token_bytes: int,
 ) -> None:
-    """Write the products of some rows with all tokens to an address, as float32, a token's ``pitch`` bytes apart.
+    """Write the products of some rows with all tokens to an address, as float32.
 
     Parameters
     ----------
@@ -198,19 +198,18 @@ def multiply_block(
         As many rows from there are fetched from memory meanwhile: the processor by itself looks no further than a page.
     room : ndarray, float32
         As long as `products_size` says.
-    output, pitch : int
+    output, token_bytes : int
         Where to, and bytes from one token's numbers to the next one's.
     """
     products = np.int64(room.ctypes.data)
     for first in range(0, n_new, _EIGHT):
         party = min(_EIGHT, n_new - first)
         count = tokens_of(party)
-        start = tokens_bytes(groups, first) if first > 0 else np.int64(0)
-        where = _tokens_at(np.int64(tokens.ctypes.data) + start, groups, count)
+        where = _tokens_at(np.int64(tokens.ctypes.data) + tokens_bytes(groups, first), groups, count)
         _multiply_rows(rows, n_rows, groups, is_int4, where, count, ahead, products)
         for t in range(party):
             for r in range(n_rows):
-                simd.store_one(output + (first + t) * pitch, 4 * r, room[r * count + t])
+                simd.store_one(output + (first + t) * token_bytes, 4 * r, room[r * count + t])
         ahead = rows  # once is enough
 
 

@@ -37,8 +37,6 @@ _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
-#: Bytes of a bfloat16.
-_ITEM = 2
 
 
 class Part(NamedTuple):
@@ -87,7 +85,7 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
         lines,
         aligned(2 * size, np.empty(0, np.int8)).reshape(2, size),
-        aligned(max(4 * _SQUARE, vector_rows.scratch_size(n_new), byte_rows.products_size(ROWS)), like),
+        aligned(max(4 * _SQUARE, vector_rows.room_size(), byte_rows.products_size(ROWS)), like),
         np.empty(n_new * widest if rounds else 0, np.float32),
         kind,
     )
@@ -226,15 +224,15 @@ def _multiply_part(
 @compiled()
 def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahead: Part) -> None:
     """Do what `multiply_part` does, for bfloat16 in vectors: as blocks of 16 rows."""
-    width, row, products, kind = part.width, _ITEM * part.width, inputs.scratch, inputs.kind
+    row, output, token = _row_bytes(part), np.int64(block.ctypes.data), 4 * ROWS
     for first in range(0, ROWS, vector_rows.BLOCK):
         rows = part.rows.data + row * first
         coming, size = rows + vector_rows.BLOCK * row, row
         if first + vector_rows.BLOCK == ROWS:
             coming, size = ahead.rows.data, _row_bytes(ahead)
-        vector_rows.multiply_block(rows, width, kind, inputs.lines, n_new, coming, size, products)
-        for t in range(n_new):
-            simd.store(block, t * ROWS + first, simd.load(products, t * vector_rows.BLOCK))
+        vector_rows.multiply_block(
+            rows, part.width, inputs.kind, inputs.lines, n_new, coming, size, inputs.scratch, output + 4 * first, token
+        )
 
 
 @compiled()

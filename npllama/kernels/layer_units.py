@@ -170,13 +170,12 @@ def run_units(
     ways: Any,
     works: Works,
     work: int,
-    n_threads: int,
 ) -> None:
     """Run x through all layers, in place; every thread does what is there to do.
 
     ``work`` is the address of `take_units`.
     """
-    for _ in prange(n_threads):
+    for _ in prange(plan.n_threads):
         everything = plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, ways, works
         call_at(work, everything)
 

@@ -20,7 +20,7 @@ from npllama.kernels.memory import aligned
 from npllama.kernels.quantised_rows import Rows, multiply_rows, rows_at, take_apart, token_at, token_bytes
 
 #: Tokens up to which this is faster than laying weights out for many.
-FEW = 8
+FEW = 12
 #: Rows of a matrix that a thread takes at a time.
 BLOCK = 16
 

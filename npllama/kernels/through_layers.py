@@ -146,7 +146,7 @@ class ThroughLayers:
         )
         if self._work is None:
             self._work = address_of(take_units, *arguments)
-        run_units(*arguments, self._work, numba.get_num_threads())
+        run_units(*arguments, self._work)
         return shared.x
 
     def _find_works(self, plan: Plan, shared: Shared, sequences: NDArray[np.int64]) -> Works:

@@ -112,7 +112,7 @@ def line_up(x: Array, kind: int, tokens: Array) -> None:
     """Lay out tokens x (T, N) as `multiply_block` takes them: parties, lines, tokens, numbers; zeros fill up."""
     for first in range(0, x.shape[0], _EIGHT):
         party = x[first : first + _EIGHT]
-        start = tokens_size(first, x.shape[1], kind) if first > 0 else 0
+        start = tokens_size(first, x.shape[1], kind)
         room = tokens[start : start + tokens_size(len(party), x.shape[1], kind)]
         room[:] = 0
         lines = room.reshape(-1, tokens_of(len(party)), _vectors_of(kind) * _LANES)
@@ -164,29 +164,36 @@ def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, kind: int, n_t
 @compiled()
 def _multiply_blocks(tokens: Array, n_new: int, width: int, jobs: Array, kind: int, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
-    scratch = aligned(scratch_size(n_new), tokens)
+    room = aligned(room_size(), tokens)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
         row = min(first, job[ROWS] - BLOCK)
         pitch = item_bytes(kind) * width
         rows = job[DATA] + pitch * row
-        multiply_block(rows, width, kind, tokens, n_new, rows + BLOCK * pitch, pitch, scratch)
-        for t in range(n_new):
-            output = job[OUTPUT] + 4 * (t * job[ROWS] + row)
-            store_sums(output, sums_at(np.int64(scratch.ctypes.data) + t * _LINE, 1))
+        output, token = job[OUTPUT] + 4 * row, 4 * job[ROWS]
+        multiply_block(rows, width, kind, tokens, n_new, rows + BLOCK * pitch, pitch, room, output, token)
 
 
 @compiled()
-def scratch_size(n_new: int) -> int:
-    """Return how many numbers `multiply_block` needs for all products, then a party's, its sums, and last lines."""
-    return BLOCK * (n_new + _EIGHT * (1 + _LANES) + _LANES)
+def room_size() -> int:
+    """Return how many numbers `multiply_block` needs for a party's products, its sums, and last lines."""
+    return BLOCK * (_EIGHT * (1 + _LANES) + _LANES)
 
 
 @compiled()
 def multiply_block(
-    rows: int, width: int, kind: int, tokens: Array, n_new: int, ahead: int, ahead_row: int, scratch: Array
+    rows: int,
+    width: int,
+    kind: int,
+    tokens: Array,
+    n_new: int,
+    ahead: int,
+    ahead_row: int,
+    room: Array,
+    output: int,
+    token_bytes: int,
 ) -> None:
-    """Fill the beginning of ``scratch``, as (T, 16), with the products of all tokens and sixteen rows.
+    """Write the products of sixteen rows with all tokens to an address, as float32.
 
     Parameters
     ----------
@@ -202,11 +209,12 @@ def multiply_block(
         T.
     ahead, ahead_row : int
         What is multiplied next, and the bytes of a row there; its beginning is fetched from memory at the end.
-    scratch : ndarray, float32
-        As long as `scratch_size` says.
+    room : ndarray, float32
+        As long as `room_size` says.
+    output, token_bytes : int
+        Where to, and bytes from one token's numbers to the next one's.
     """
     pitch, x = item_bytes(kind) * width, np.int64(tokens.ctypes.data)
-    room = scratch[BLOCK * n_new :]
     last = _last_lines(rows, pitch, pitch // _LINE * _LINE, room)
     for first in range(0, n_new, _EIGHT):
         party = min(_EIGHT, n_new - first)
@@ -217,7 +225,7 @@ def multiply_block(
             _multiply_bands(rows, pitch, kind, x, count, ahead, ahead_row, last, room)
         for t in range(party):
             for r in range(BLOCK):
-                scratch[(first + t) * BLOCK + r] = room[r * count + t]
+                simd.store_one(output + (first + t) * token_bytes, 4 * r, room[r * count + t])
         x += 4 * tokens_size(party, width, kind)
         ahead, ahead_row = rows, pitch  # once is enough
 

@@ -258,16 +258,23 @@ def test_plain_loops_go_layer_by_layer() -> None:
     assert twins("portable")["through_layers"](model.weights, model.config) is None
 
 
+def assert_at_once_changes_nothing(model: Model, known: dict[str, Any], most: int) -> None:
+    """Compare the logits of several tokens, and then what is in the cache, which nothing rounded behind a product."""
+    operations = SimpleNamespace(**{**vars(ops), **known})
+    by_layer = SimpleNamespace(**{**vars(operations), "through_layers": ops.through_layers})
+    both = [Model(model.config, model.weights, of, backend="fast") for of in (operations, by_layer)]
+    assert [one.runs_at_once for one in both] == [True, False]
+    caches = [fed(one, 9) for one in both]
+    for count in (most, 3, 1):
+        new = loud_tokens(model.config, count, seed=count)
+        assert_same_bits(*(one.forward(new, cache) for one, cache in zip(both, caches, strict=True)))
+    assert_same_bits(*(cache.room()[:, :, :, : cache.length] for cache in caches))
+
+
 @needs_vectors
 def test_integers_and_tokens_in_int8_may_be_several_at_once() -> None:
-    exact, _ = quantised_pair(("int8", "int4"))
-    rounding = SimpleNamespace(**{**vars(ops), **twins(None, "int8")})
-    by_layer = SimpleNamespace(**{**vars(rounding), "through_layers": ops.through_layers})
-    at_once, layer_by_layer = (Model(exact.config, exact.weights, of, backend="fast") for of in (rounding, by_layer))
-    caches = [fed(model, 9) for model in (at_once, layer_by_layer)]
-    for count in (byte_rows.FEW, 3, 1):
-        new = loud_tokens(exact.config, count, seed=count)
-        assert_same_bits(at_once.forward(new, caches[0]), layer_by_layer.forward(new, caches[1]))
+    model, _ = quantised_pair(("int8", "int4"))
+    assert_at_once_changes_nothing(model, twins(None, "int8"), byte_rows.FEW)
 
 
 @needs_vectors
@@ -277,11 +284,4 @@ def test_on_every_path_the_bits_are_those_of_single_operations(path: str, activa
     if not PATHS[path] <= host_features():
         pytest.skip("this processor has no such instructions")
     model = loud_model(loud_config(), dtype="bfloat16")
-    known = SimpleNamespace(**{**vars(ops), **twins(path, activations)})
-    by_layer = SimpleNamespace(**{**vars(known), "through_layers": ops.through_layers})
-    at_once, layer_by_layer = (Model(model.config, model.weights, of, backend="fast") for of in (known, by_layer))
-    caches = [fed(model, 9) for model in (at_once, layer_by_layer)]
-    for count in (vector_rows.FEW, 3, 1):
-        new = loud_tokens(model.config, count, seed=count)
-        assert_same_bits(at_once.forward(new, caches[0]), layer_by_layer.forward(new, caches[1]))
-    assert_same_bits(*(cache.room()[:, :, :, : cache.length] for cache in caches))  # rounded nowhere behind a product
+    assert_at_once_changes_nothing(model, twins(path, activations), vector_rows.FEW)

@@ -28,14 +28,22 @@ def stored(values: Array, dtype: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("activations", "dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+    ("path", "activations", "dtype"),
+    [
+        ("avx512", "float32", "float32"),
+        ("avx512", "float32", "bfloat16"),
+        ("avx512", "bfloat16", "bfloat16"),
+        ("avx512bf16", "bfloat16", "bfloat16"),  # in pairs
+    ],
 )
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_few_tokens_are_what_float64_says_and_each_is_what_it_is_alone(
-    activations: str, dtype: str, m: int, n: int
+    path: str, activations: str, dtype: str, m: int, n: int
 ) -> None:
+    if not PATHS[path] <= host_features():
+        pytest.skip("this processor has no such instructions")
     x, weight = normal(vector_rows.FEW, n), stored(normal(m, n, seed=1), dtype)
-    product = products(PATH, activations)
+    product = products(path, activations)
     alone = np.concatenate([product.linear(x[t : t + 1], weight) for t in range(len(x))])
     entering = rounded(x) if activations == "bfloat16" else x
     expected = entering.astype(np.float64) @ weight.numbers(to=np.float64).T

@@ -54,7 +54,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, size: int = 0) -> Iterator[BinaryIO]:
+def new_file(path: Path, size: int = 0) -> Iterator[InPieces]:
     """Write a file that appears under its name only when it is whole and on the disk.
 
     Parameters
@@ -66,15 +66,17 @@ def new_file(path: Path, size: int = 0) -> Iterator[BinaryIO]:
 
     Yields
     ------
-    BinaryIO
-        The temporary file. When the block raises, it is removed.
+    InPieces
+        What writes to the temporary file. When the block raises, the file is removed.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             _reserve(file.fileno(), size)
-            yield file
+            pieces = InPieces(file)
+            yield pieces
+            pieces.finish()
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -85,7 +87,7 @@ def new_file(path: Path, size: int = 0) -> Iterator[BinaryIO]:
 
 
 class InPieces:
-    """Writes to a file in pieces that begin and end at multiples of 2 MiB.
+    """Hands what is written to a file in pieces that begin and end at multiples of 2 MiB.
 
     The system keeps what was written in memory, in pages as large as the pieces allow. A model that is mapped behind
     its conversion is then read by huge pages, of 2 MiB, which takes the processor less time to find.
@@ -93,19 +95,12 @@ class InPieces:
     Parameters
     ----------
     file : BinaryIO
-        At its beginning. The last piece is written when the block ends, unless by an exception.
+        At its beginning.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._piece = bytearray()
-
-    def __enter__(self) -> InPieces:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self._file.write(self._piece)
 
     def write(self, data: bytes | memoryview) -> None:
         """Add bytes."""
@@ -115,9 +110,13 @@ class InPieces:
             count = _PIECE_BYTES - len(self._piece)
             self._piece += view[:count]
             view = view[count:]
-            self._file.write(self._piece)
-            self._piece = bytearray()
+            self.finish()
         self._piece += view
+
+    def finish(self) -> None:
+        """Hand over what is left."""
+        self._file.write(self._piece)
+        self._piece = bytearray()
 
 
 def _reserve(descriptor: int, size: int) -> None:

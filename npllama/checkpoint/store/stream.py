@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from npllama.checkpoint.quantize import LARGEST, quantize
-from npllama.checkpoint.store.disk import InPieces, disk_errors, new_file
+from npllama.checkpoint.store.disk import disk_errors, new_file
 from npllama.checkpoint.store.manifest import Entry
 from npllama.checkpoint.tensor import TensorRef
 from npllama.dtypes import PACKINGS, STORAGE, Array, cast
@@ -59,10 +59,7 @@ def write_tensor(
     """
     digests = [hashlib.sha256(part.header) for part in entry.parts]
     with disk_errors(folder / entry.parts[0].file), contextlib.ExitStack() as stack:
-        files = [
-            stack.enter_context(InPieces(stack.enter_context(new_file(folder / part.file, part.file_bytes))))
-            for part in entry.parts
-        ]
+        files = [stack.enter_context(new_file(folder / part.file, part.file_bytes)) for part in entry.parts]
         for part, file in zip(entry.parts, files, strict=True):
             file.write(part.header)
         for arrays in _finite(ref, entry, importance, allow_nan):
