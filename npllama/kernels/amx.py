@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from functools import partial
 
 from npllama.dtypes import Array, Tensor
-from npllama.kernels import quantised_tiles, tile_blocks, tiles
+from npllama.kernels import byte_rows, quantised_tiles, tile_blocks, tiles
+from npllama.kernels.byte_tokens import EXACT
+from npllama.kernels.filled import multiply_filled_up
 from npllama.kernels.rounded import rounded
 
 #: Tokens of a panel: up to so many, reading the weights from memory is all that takes time.
@@ -26,12 +27,16 @@ def multiply_bfloat16(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arr
         bfloat16. M may differ.
     outputs : sequence of ndarray of shape (T, M), float32
     """
-    if not _are_large(weights):
-        _multiply_small(x, weights, outputs)
-    elif len(x) <= _FEW:
-        tiles.multiply(x, weights, outputs)
+    product = tiles.multiply if len(x) <= _FEW else partial(tile_blocks.multiply, parts=3)
+    multiply_filled_up(product, x, weights, outputs, (_ROWS, _NUMBERS))
+
+
+def multiply_quantised(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
+    """Do the same with weights of int8 or int4. A single token is left to vectors."""
+    if len(x) == 1:
+        multiply_filled_up(byte_rows.multiply, x, weights, outputs, (byte_rows.BLOCK, 0), EXACT)
     else:
-        tile_blocks.multiply(x, weights, outputs, parts=3)
+        multiply_filled_up(quantised_tiles.multiply, x, weights, outputs, (_ROWS, 0))
 
 
 def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
@@ -45,24 +50,8 @@ def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arra
     elif weights[0].dtype == "bfloat16":
         multiply_bfloat16(rounded(x), weights, outputs)
     else:
-        quantised_tiles.multiply(rounded(x), weights, outputs)
+        multiply_quantised(rounded(x), weights, outputs)
 
 
 def _are_large(weights: Sequence[Tensor]) -> bool:
     return weights[0].shape[1] >= _NUMBERS and min(weight.shape[0] for weight in weights) >= _ROWS
-
-
-def _multiply_small(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
-    """Multiply by matrices that are too small for tiles, filled up with zeros."""
-    width = max(x.shape[1], _NUMBERS)
-
-    def filled_up(matrix: Array, rows: int) -> Array:
-        larger = np.zeros((max(rows, len(matrix)), width), matrix.dtype)
-        larger[: matrix.shape[0], : matrix.shape[1]] = matrix
-        return larger
-
-    matrices = [Tensor(filled_up(weight.data, _ROWS), weight.dtype) for weight in weights]
-    results = [np.empty((len(x), matrix.shape[0]), np.float32) for matrix in matrices]
-    multiply_bfloat16(filled_up(x, 1), matrices, results)
-    for output, result in zip(outputs, results, strict=True):
-        output[:] = result[:, : output.shape[1]]

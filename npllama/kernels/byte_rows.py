@@ -1,178 +1,163 @@
-"""Products of one token, or a few, with int8 and int4 weights, the tokens rounded to int8, in vectors of 512 bits.
+"""Products of one token, or a few, with int8 and int4 weights by dot products of bytes, in vectors of 512 bits.
 
-See `npllama.rounding` for what the rounding is: 64 numbers, a group, become integers and one step. A group of weights
-times a group of a token is one instruction then, whose sums are exact; a multiplication by ``scale · step`` adds it to
-the row's sum. The instruction wants the weights unsigned, int8 as 128 more than they are, int4 as they are stored. So a
-row's sum begins with what belongs to no single weight::
+Tokens become integers of three digits, which is as exact as float32 arithmetic, or of one, which rounds them to int8
+(`npllama.kernels.byte_tokens`). A **line** of weights, 64 bytes, is a group of int8 or two groups of int4, unpacked to
+low and high halves. With each digit of a token it takes an instruction or two, 64 or 128 multiplications whose sums are
+exact (Intel VNNI); a float32 multiplication by ``scale · step`` then adds the line to the row's sum. Nothing is widened
+to float32, which is what lets a core keep up with its memory.
 
-    int8:  - scale · 128 step · sum(integers)              int4:  minimum · step · sum(integers)
+The instruction wants one operand unsigned. int8 weights are so, taken 128 larger than they are, for the highest digit;
+for the others the digits are. int4 is stored unsigned, and taken 8 larger than what lies around zero. What that adds,
+128 or 8 times the sum of the digits, is known before any weight is: each lane begins with its negative. For int4 there
+remains ``(minimum + 8 scale) · sum of the token's group``, with which the row's sum begins.
 
-summed over the groups. A row's result is one sum in one order, whatever the rows and tokens computed with it.
+Some rows, a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that a line which was loaded is
+multiplied several times. Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
+cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched.
+
+A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
-from npllama.dtypes import GROUP, PACKINGS, Array, Tensor
+from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.by_address import address_of
+from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes, tokens_of
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, job_of, jobs_of
+from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
 from npllama.kernels.memory import aligned
-from npllama.kernels.quantised_dots import BLOCK, multiply_in_parts
-from npllama.kernels.quantised_rows import Rows, rows_at
-from npllama.kernels.rounded import int8_step
-from npllama.kernels.simd_quantised import (
-    high_nibbles,
-    load_first_bfloat16,
-    load_floats,
-    load_half,
-    low_nibbles,
-)
-from npllama.kernels.simd_sums import add_products_at, inner_bytes, inner_nibbles, no_sums, store_totals
-from npllama.kernels.vector_rows import tokens_of
+from npllama.kernels.simd_bytes import inner_bytes, inner_nibbles
+from npllama.kernels.simd_quantised import load_first_bfloat16, load_floats, load_half
+from npllama.kernels.simd_sums import add_products_at, no_sums, store_sums, store_totals, sums_at
 
 #: Tokens at most.
 FEW = 16
+#: Rows of a matrix that are a unit of work.
+BLOCK = 16
 
 _LANES = 16
 _LINE = 64
-#: Numbers of tokens that rows are multiplied with at once, see `npllama.kernels.vector_rows.tokens_of`.
-_ONE, _FOUR, _EIGHT = 1, 4, 8
+#: Bytes of a party in a chunk.
+_CHUNK = 1 << 14
+#: How many bytes before its turn a line is fetched where a row is one chunk: four pages.
+_EARLY = 1 << 14
+#: Rows of a band, and its sums with so many tokens, see `npllama.kernels.byte_tokens.tokens_of`.
+_BAND = 2
+_ONE, _TWO, _FOUR, _EIGHT = 1, 2, 4, 8
+_SUMS_OF_ONE, _SUMS_OF_TWO, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = 2, 4, 8, 16
 
 
-class Tokens(NamedTuple):
-    """Addresses of what some tokens are to the rows of one storage type.
+class Rows(NamedTuple):
+    """Addresses of the first of some rows: of integers, scales, and minima, if there are any."""
+
+    data: int
+    scales: int
+    minima: int
+
+
+class Chunk(NamedTuple):
+    """What of sixteen rows is multiplied by a party next, and what else that takes.
 
     Attributes
     ----------
-    lines : int
-        int8: of each group a line of each token. int4: of each two groups two lines of each token, the first halves of
-        both groups, and the last ones.
-    begins, steps, factors : int
-        float32, a number for each group: what the sums of a row begin with, before it is multiplied by the scale
-        (int8) or minimum; the step; and room for ``scale · step`` of one row.
-    pitch : int
-        Bytes from a token's numbers of this kind to the next one's.
+    rows, ahead : Rows
+        The rows; as many that are multiplied next.
+    groups, first, n_here : int
+        Groups of a row, the first one of the chunk, and how many the chunk has.
+    last : int
+        Address of a line for each row, one after the other, that is multiplied behind the chunk's; 0 where there is
+        none.
+    x, x_line : int
+        What the party is to the chunk's first line, and the bytes from there to the next one.
+    sums, factors : int
+        Addresses of 16 float32 for each row and token, and of room for ``scale · step`` of a band.
+    coming, coming_row, coming_line : int
+        What is fetched meanwhile: where, and bytes from one row of a band, and one line, to the next.
     """
 
-    lines: int
-    begins: int
-    steps: int
+    rows: Rows
+    ahead: Rows
+    groups: int
+    first: int
+    n_here: int
+    last: int
+    x: int
+    x_line: int
+    sums: int
     factors: int
-    pitch: int
+    coming: int
+    coming_row: int
+    coming_line: int
 
 
-def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
-    """Fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, x rounded to int8, for weights of one dtype.
+@compiled(inline=True)
+def rows_at(weights: Rows, row: int, groups: int, is_int4: bool) -> Rows:
+    """Return the rows from ``row`` on."""
+    data, scales = GROUP // 2 * groups if is_int4 else GROUP * groups, 2 * groups
+    return Rows(weights.data + data * row, weights.scales + scales * row, weights.minima + scales * row)
+
+
+def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], places: tuple[int, ...]) -> None:
+    """Fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, for weights of one dtype that share N.
 
     Parameters
     ----------
     x : ndarray of shape (T, N), float32
         T is 16 at most.
     weights : sequence of Tensor of shape (M, N)
-        int8 or int4. M may differ.
+        All int8, or all int4. M may differ, and is 16 at least.
     outputs : sequence of ndarray of shape (T, M), float32
+    places : tuple of int
+        `npllama.kernels.byte_tokens.EXACT`, or ROUNDED for tokens rounded to int8.
     """
-    is_int4 = PACKINGS[weights[0].dtype].has_minima
-    multiply_in_parts(x, jobs_of(weights, outputs, BLOCK), is_int4, numba.get_num_threads(), _address_of_work())
+    is_int4, groups = PACKINGS[weights[0].dtype].has_minima, n_groups(x.shape[1])
+    tokens = aligned(tokens_bytes(groups, is_int4, places, len(x)), np.empty(0, np.int8))
+    take_apart(np.ascontiguousarray(x), is_int4, places, tokens)
+    arguments = tokens, len(x), groups, is_int4, *places
+    deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work(places))
 
 
 @cache
-def _address_of_work() -> int:
+def _address_of_work(places: tuple[int, ...]) -> int:
     """Return the address of `_multiply_blocks`."""
-    return address_of(_multiply_blocks, np.empty((1, 1), np.float32), np.empty((1, 6), np.int64), True, 1, 1)
+    arguments = np.empty(1, np.int8), 1, 1, True, *places
+    return address_of(_multiply_blocks, arguments, np.empty((1, 6), np.int64), 1, 1)
 
 
 @compiled()
-def _multiply_blocks(x: Array, jobs: Array, is_int4: bool, start: int, stop: int) -> None:
-    """Multiply the blocks from ``start`` to ``stop`` by all tokens."""
-    groups, n_new = (x.shape[1] + GROUP - 1) // GROUP, x.shape[0]
-    tokens = aligned(tokens_bytes(groups, n_new), np.empty(0, np.int8))
-    round_tokens(x, is_int4, tokens)
-    room = np.empty(products_size(BLOCK), np.float32)
+def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None:
+    """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
+    tokens, n_new, groups, is_int4 = arguments[:4]
+    places = arguments[4:]  # a parallel loop takes no tuple within another
+    room = aligned(room_size(groups), np.empty(0, np.float32))
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
-        rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), first, groups, is_int4)
-        n_rows, ahead = min(BLOCK, job[ROWS] - first), rows_at(rows, BLOCK, groups, is_int4)
-        output, token = job[OUTPUT] + 4 * first, 4 * job[ROWS]
-        multiply_block(rows, n_rows, groups, is_int4, tokens, n_new, ahead, room, output, token)
+        row = min(first, job[ROWS] - BLOCK)
+        rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), row, groups, is_int4)
+        ahead, output = rows_at(rows, BLOCK, groups, is_int4), job[OUTPUT] + 4 * row
+        multiply_block(rows, groups, is_int4, places, tokens, n_new, ahead, room, output, 4 * job[ROWS])
 
 
 @compiled()
-def tokens_bytes(groups: int, n_new: int) -> int:
-    """Return how many bytes so many tokens take: whole cache lines."""
-    count = (n_new - 1) // _EIGHT * _EIGHT
-    return (count + tokens_of(n_new - count)) * ((groups + 1) // 2 * 2 * GROUP + 3 * _pitch(groups))
-
-
-@compiled(inline=True)
-def products_size(n_rows: int) -> int:
-    """Return the numbers of room that `multiply_block` needs for so many rows."""
-    return n_rows * _EIGHT
-
-
-@compiled(inline=True)
-def _pitch(groups: int) -> int:
-    """Return the bytes of a number for each group: a whole number of vectors."""
-    return (groups + _LANES - 1) // _LANES * _LANES * 4
-
-
-@compiled()
-def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
-    """Round tokens x (T, N) to integers, in parties of eight, to as many int8 of room as `tokens_bytes` says."""
-    groups = (x.shape[1] + GROUP - 1) // GROUP
-    for first in range(0, x.shape[0], _EIGHT):
-        party = x[first : first + _EIGHT]
-        start = tokens_bytes(groups, first)
-        _round_party(party, is_int4, room[start : start + tokens_bytes(groups, len(party))])
-
-
-@compiled()
-def _round_party(x: Array, is_int4: bool, room: Array) -> None:
-    """Do `round_tokens` to up to eight tokens."""
-    groups, count = (x.shape[1] + GROUP - 1) // GROUP, tokens_of(x.shape[0])
-    pitch, size = _pitch(groups), (groups + 1) // 2 * 2 * GROUP * count
-    numbers = room[size:].view(np.float32).reshape(3, count, pitch // 4)
-    integers, group = np.empty(GROUP, np.int8), np.empty(GROUP, np.float32)
-    room[:] = 0
-    for t in range(x.shape[0]):
-        for g in range(groups):
-            width, total = min(GROUP, x.shape[1] - GROUP * g), np.int32(0)
-            group[:width] = x[t, GROUP * g : GROUP * g + width]
-            group[width:] = 0
-            step = int8_step(group, integers)
-            for j in range(GROUP):
-                total += np.int32(integers[j])
-            numbers[0, t, g], numbers[1, t, g] = np.float32(total if is_int4 else -128 * total) * step, step
-            if is_int4:
-                at = (g // 2 * count + t) * 2 * GROUP + g % 2 * GROUP // 2
-                room[at : at + GROUP // 2] = integers[: GROUP // 2]
-                room[at + GROUP : at + GROUP + GROUP // 2] = integers[GROUP // 2 :]
-            else:
-                at = (g * count + t) * GROUP
-                room[at : at + GROUP] = integers
-
-
-@compiled()
-def _tokens_at(address: int, groups: int, count: int) -> Tokens:
-    """Return where the parts of a party are that lies at an address."""
-    pitch, begins = _pitch(groups), address + (groups + 1) // 2 * 2 * GROUP * count
-    return Tokens(address, begins, begins + count * pitch, begins + 2 * count * pitch, pitch)
+def room_size(groups: int) -> int:
+    """Return how many numbers `multiply_block` needs for a party's products, sums and factors, and last lines."""
+    return BLOCK * (PARTY * (1 + _LANES) + _LANES) + _SUMS_OF_EIGHT * (groups + 2 * _LANES)
 
 
 @compiled()
 def multiply_block(
     rows: Rows,
-    n_rows: int,
     groups: int,
     is_int4: bool,
+    places: Any,
     tokens: Array,
     n_new: int,
     ahead: Rows,
@@ -180,81 +165,190 @@ def multiply_block(
     output: int,
     token_bytes: int,
 ) -> None:
-    """Write the products of some rows with all tokens to an address, as float32.
+    """Write the products of sixteen rows with all tokens to an address, as float32.
 
     Parameters
     ----------
     rows : Rows
         Where the first row is.
-    n_rows, groups : int
-        Rows, and groups of 64 numbers that a row has.
+    groups : int
+        Groups of 64 numbers that a row has.
     is_int4 : bool
         The weights are int4, not int8.
+    places : tuple of int
+        See `multiply`.
     tokens : ndarray, int8
-        From `round_tokens`.
+        From `npllama.kernels.byte_tokens.take_apart`.
     n_new : int
         T.
     ahead : Rows
-        As many rows from there are fetched from memory meanwhile: the processor by itself looks no further than a page.
+        What is multiplied next. It is fetched from memory: the processor by itself looks no further than a page.
     room : ndarray, float32
-        As long as `products_size` says.
+        As long as `room_size` says.
     output, token_bytes : int
         Where to, and bytes from one token's numbers to the next one's.
     """
-    products = np.int64(room.ctypes.data)
-    for first in range(0, n_new, _EIGHT):
-        party = min(_EIGHT, n_new - first)
+    last = _last_lines(rows, groups, room) if is_int4 and groups % 2 == 1 else np.int64(0)
+    for first in range(0, n_new, PARTY):
+        party = min(PARTY, n_new - first)
         count = tokens_of(party)
-        where = _tokens_at(np.int64(tokens.ctypes.data) + tokens_bytes(groups, first), groups, count)
-        _multiply_rows(rows, n_rows, groups, is_int4, where, count, ahead, products)
+        where = party_at(np.int64(tokens.ctypes.data), groups, is_int4, places, first, n_new)
+        _multiply_party(rows, groups, is_int4, places, where, count, last, ahead, room)
         for t in range(party):
-            for r in range(n_rows):
+            for r in range(BLOCK):
                 simd.store_one(output + (first + t) * token_bytes, 4 * r, room[r * count + t])
         ahead = rows  # once is enough
 
 
 @compiled()
-def _multiply_rows(
-    weights: Rows, n_rows: int, groups: int, is_int4: bool, tokens: Tokens, count: int, ahead: Rows, output: int
+def _last_lines(rows: Rows, groups: int, room: Array) -> Any:
+    """Copy the last group of sixteen rows of int4, half a line, to lines filled up with zeros, and return where.
+
+    There may be no memory behind the last row.
+    """
+    spare = np.int64(room[room.shape[0] - BLOCK * _LANES :].ctypes.data)
+    for r in range(BLOCK):
+        row = rows_at(rows, r, groups, True)
+        simd.store(spare, r * _LINE, load_half(row.data, GROUP // 2 * (groups - 1)))
+    return spare
+
+
+@compiled()
+def _multiply_party(
+    rows: Rows,
+    groups: int,
+    is_int4: bool,
+    places: Any,
+    tokens: Tokens,
+    count: int,
+    last: int,
+    ahead: Rows,
+    room: Array,
 ) -> None:
-    """Write the products of some rows with a party to an address, those of a row one after the other."""
-    for row in range(n_rows):
-        here, there = rows_at(weights, row, groups, is_int4), rows_at(ahead, row, groups, is_int4)
-        to = output + 4 * row * count
-        if count == _ONE:
-            _multiply_row(_ONE, here, groups, is_int4, tokens, there, to)
-        elif count == _FOUR:
-            _multiply_row(_FOUR, here, groups, is_int4, tokens, there, to)
-        else:
-            _multiply_row(_EIGHT, here, groups, is_int4, tokens, there, to)
+    """Fill the beginning of the room with the products of sixteen rows and a party, a chunk at a time."""
+    pitch, per_line = (GROUP // 2 * groups, 2) if is_int4 else (GROUP * groups, 1)
+    whole, x_line = groups // per_line, count * line_bytes(is_int4, places)
+    totals = np.int64(room.ctypes.data)
+    sums, factors = totals + 4 * BLOCK * count, totals + 4 * BLOCK * PARTY * (1 + _LANES)
+    chunks = max(1, (whole * x_line + _CHUNK - 1) // _CHUNK)
+    for chunk in range(chunks):
+        start, stop = whole * chunk // chunks, whole * (chunk + 1) // chunks
+        is_last = chunk + 1 == chunks
+        first, end = start * per_line, groups if is_last else stop * per_line
+        coming, coming_row, coming_line = rows.data + _EARLY, _LINE, _BAND * _LINE
+        if chunks > 1:
+            coming = ahead.data if is_last else rows.data + stop * _LINE
+            coming_row, coming_line = pitch, _LINE
+        elif BLOCK * pitch <= _EARLY:
+            coming += ahead.data - (rows.data + BLOCK * pitch)
+        here = Chunk(
+            rows,
+            ahead,
+            groups,
+            first,
+            end - first,
+            last if is_last else np.int64(0),
+            tokens.lines + start * x_line,
+            x_line,
+            sums,
+            factors,
+            coming,
+            coming_row,
+            coming_line,
+        )
+        _add_chunk(here, tokens, is_int4, places, count)
+    for r in range(0, BLOCK * count, BLOCK):
+        store_totals(totals + 4 * r, sums_at(sums + r * _LINE, BLOCK))
+
+
+@compiled()
+def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any, count: int) -> None:
+    """Add a chunk's products to the sums, or begin them with those of the first chunk."""
+    if count == _ONE:
+        _add(_ONE, _SUMS_OF_ONE, chunk, tokens, is_int4, places)
+    elif count == _TWO:
+        _add(_TWO, _SUMS_OF_TWO, chunk, tokens, is_int4, places)
+    elif count == _FOUR:
+        _add(_FOUR, _SUMS_OF_FOUR, chunk, tokens, is_int4, places)
+    else:
+        _add(_EIGHT, _SUMS_OF_EIGHT, chunk, tokens, is_int4, places)
 
 
 @compiled(inline=True)
-def _multiply_row(count: int, row: Rows, groups: int, is_int4: bool, tokens: Tokens, ahead: Rows, output: int) -> None:
-    """Do `_multiply_rows` to one row and literally so many tokens."""
-    sums = no_sums(count)
-    for g in range(0, groups, _LANES):
-        simd.prefetch(ahead.scales, 2 * g)
-        scale = load_first_bfloat16(row.scales, 2 * g, groups - g)
-        shared = scale
+def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any) -> None:
+    """Do `_add_chunk` for literally so many tokens, and sums of a band."""
+    pitch = (chunk.n_here + _LANES) // _LANES * _LANES * 4
+    data_row = (GROUP // 2 if is_int4 else GROUP) * chunk.groups
+    n_lines = chunk.n_here // 2 if is_int4 else chunk.n_here
+    for r in range(0, BLOCK, _BAND):
+        rows, sums = rows_at(chunk.rows, r, chunk.groups, is_int4), chunk.sums + r * count * _LINE
+        tile = no_sums(n_sums)
+        if chunk.first > 0:
+            tile = sums_at(sums, n_sums)
+        else:
+            _fetch_scales(rows_at(chunk.ahead, r, chunk.groups, is_int4), chunk.groups, is_int4)
+            above = _begin(count, rows, chunk.groups, tokens, is_int4, places)
+            tile = above + _begin(count, rows_at(rows, 1, chunk.groups, is_int4), chunk.groups, tokens, is_int4, places)
+        _weigh(count, rows.scales, chunk, tokens, pitch)
+        data = rows.data + (chunk.first // 2 if is_int4 else chunk.first) * _LINE
+        coming = chunk.coming + r * data_row
         if is_int4:
-            simd.prefetch(ahead.minima, 2 * g)
-            shared = load_first_bfloat16(row.minima, 2 * g, groups - g)
-        sums = add_products_at(sums, shared, tokens.begins + 4 * g, tokens.pitch)
-        for t in range(count):
-            place = t * tokens.pitch + 4 * g
-            simd.store(tokens.factors, place, simd.multiply(scale, load_floats(tokens.steps, place)))
-    if is_int4:
-        for g in range(0, groups, 2):
-            at, x = GROUP // 2 * g, tokens.lines + GROUP * g * count
-            simd.prefetch(ahead.data, at)
-            pair = simd.load_bytes(row.data, at) if g + 1 < groups else load_half(row.data, at)
-            low, high = low_nibbles(pair), high_nibbles(pair)
-            sums = inner_nibbles(sums, low, high, x, tokens.factors + 4 * g, tokens.pitch)
-    else:
-        for g in range(groups):
-            simd.prefetch(ahead.data, GROUP * g)
-            integers = simd.flip_signs(simd.load_bytes(row.data, GROUP * g))
-            x = tokens.lines + GROUP * g * count
-            sums = inner_bytes(sums, integers, x, tokens.factors + 4 * g, tokens.pitch)
-    store_totals(output, sums)
+            for n in range(n_lines):
+                for i in range(_BAND):
+                    simd.prefetch(coming + i * chunk.coming_row, n * chunk.coming_line)
+                x, factors = chunk.x + n * chunk.x_line, chunk.factors + 8 * n
+                tile = inner_nibbles(tile, _BAND, places, data + _LINE * n, data_row, x, factors, pitch)
+            if chunk.last > 0:
+                x, factors = chunk.x + n_lines * chunk.x_line, chunk.factors + 8 * n_lines
+                tile = inner_nibbles(tile, _BAND, places, chunk.last + r * _LINE, _LINE, x, factors, pitch)
+        else:
+            for n in range(n_lines):
+                for i in range(_BAND):
+                    simd.prefetch(coming + i * chunk.coming_row, n * chunk.coming_line)
+                x, factors = chunk.x + n * chunk.x_line, chunk.factors + 4 * n
+                tile = inner_bytes(tile, _BAND, places, data + _LINE * n, data_row, x, factors, pitch)
+        store_sums(sums, tile)
+
+
+@compiled(inline=True)
+def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
+    """Fetch the scales and minima of a band."""
+    for place in range(0, _BAND * groups * 2, _LINE):
+        simd.prefetch(rows.scales, place)
+        if is_int4:
+            simd.prefetch(rows.minima, place)
+
+
+@compiled(inline=True)
+def _begin(count: int, row: Rows, groups: int, tokens: Tokens, is_int4: bool, places: Any) -> Any:
+    """Return what the sums of a row and literally so many tokens begin with.
+
+    That is what the minima come to, and what belongs to no single weight and not to the digits either.
+    """
+    sums = no_sums(count)
+    offset = simd.broadcast(np.float32((0 if is_int4 else -128) if len(places) == 1 else (8 if is_int4 else 0)))
+    if is_int4 or len(places) == 1:
+        for g in range(0, groups, _LANES):
+            shared = simd.multiply(_bfloat16_at(row.scales + 2 * g, groups - g), offset)
+            if is_int4:
+                shared = simd.add(shared, _bfloat16_at(row.minima + 2 * g, groups - g))
+            sums = add_products_at(sums, shared, tokens.sums + 4 * g, tokens.pitch)
+    return sums
+
+
+@compiled(inline=True)
+def _weigh(count: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) -> None:
+    """Write ``scale · step`` of a band and literally so many tokens for the groups of a chunk."""
+    for r in range(_BAND):
+        for g in range(0, chunk.n_here, _LANES):
+            group = chunk.first + g
+            scale = _bfloat16_at(scales + 2 * (chunk.groups * r + group), chunk.groups - group)
+            for t in range(count):
+                step = load_floats(tokens.steps + t * tokens.pitch, 4 * group)
+                simd.store(chunk.factors + (r * count + t) * pitch, 4 * g, simd.multiply(scale, step))
+
+
+@compiled(inline=True)
+def _bfloat16_at(address: int, count: int) -> Any:
+    """Return sixteen numbers, the first ``count`` from memory, behind which there may be none, and zeros."""
+    return simd.load_bfloat16(address, 0) if count >= _LANES else load_first_bfloat16(address, 0, count)

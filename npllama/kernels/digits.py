@@ -96,23 +96,35 @@ def _pack_panel(x: Array, columns: int, panel: int, groups: int, digits: Array, 
 @compiled()
 def _split(group: Array, digits: Array) -> tuple[np.float32, np.float32]:
     """Fill the digits (3, 64) of 64 numbers; return their step and the sum of what the digits stand for."""
+    integers = np.empty(GROUP, np.int32)
+    step, total = integers_of(group, integers)
+    for j in range(GROUP):
+        low = np.int8(integers[j])
+        upper = np.int32(integers[j] - np.int32(low)) >> np.int32(8)
+        middle = np.int8(upper)
+        digits[0, j] = np.int8(np.int32(upper - np.int32(middle)) >> np.int32(8))
+        digits[1, j] = middle
+        digits[2, j] = low
+    return step, np.float32(total) * step
+
+
+@compiled()
+def integers_of(group: Array, integers: Array) -> tuple[np.float32, np.int32]:
+    """Fill integers (64,), int32, with 64 numbers in units of their step; return the step and the integers' sum.
+
+    The step is NaN for a group that is not finite, and 0 for one of tiny numbers; the integers are zeros then.
+    """
     bits, top = group.view(np.int32), np.int32(0)
     for j in range(GROUP):  # as integers, without their signs, floats have the same order, with NaN on top
         top = max(top, np.int32(bits[j] & np.int32(0x7FFFFFFF)))
     top_bits = np.int32(top)
     largest = top_bits.view(np.float32)
     if not _SMALLEST < largest < np.float32(np.inf):
-        digits[:] = 0
-        return largest * np.float32(0), largest * np.float32(0)  # NaN where it is not finite
+        integers[:] = 0
+        return largest * np.float32(0), np.int32(0)  # NaN where it is not finite
     scale, total = _LARGEST / largest, np.int32(0)
     for j in range(GROUP):
         integer = np.int32(np.rint(group[j] * scale))
         total += integer
-        low = np.int8(integer)
-        upper = np.int32(integer - np.int32(low)) >> np.int32(8)
-        middle = np.int8(upper)
-        digits[0, j] = np.int8(np.int32(upper - np.int32(middle)) >> np.int32(8))
-        digits[1, j] = middle
-        digits[2, j] = low
-    step = largest / _LARGEST
-    return step, np.float32(total) * step
+        integers[j] = integer
+    return largest / _LARGEST, total

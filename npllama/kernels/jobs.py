@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numba import prange
 
 from npllama.dtypes import Array, Tensor
+from npllama.kernels.by_address import call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.memory import address
 
@@ -41,3 +43,14 @@ def job_of(jobs: Array, block: int, size: int) -> Any:
     while line + 1 < len(jobs) and jobs[line + 1, FIRST] <= block:
         line += 1
     return jobs[line], size * (block - jobs[line, FIRST])
+
+
+@compiled(parallel=True)
+def deal_out(arguments: Any, jobs: Array, size: int, n_threads: int, work: int) -> None:
+    """Call ``work(arguments, jobs, start, stop)``, an address, for all blocks.
+
+    Each thread reads one contiguous part of all matrices, laid end to end.
+    """
+    blocks = count_blocks(jobs, size)
+    for thread in prange(n_threads):
+        call_at(work, (arguments, jobs, blocks * thread // n_threads, blocks * (thread + 1) // n_threads))

@@ -1,18 +1,17 @@
 """What a unit of rows multiplies: a part of a matrix, whatever it is stored as, times what enters the matrix.
 
 The matrices of a layer may be stored differently from one another. What enters them is prepared for each storage type
-that asks for it. There are four ways to multiply, of which a model on a processor uses one or two:
+that asks for it. There are three ways to multiply, of which a model on a processor uses one or two:
 
-=============  ==============================  ================================================================
-``tiles``      bfloat16                        in the matrix unit, see `npllama.kernels.tiles`
-``vectors``    bfloat16                        in vector registers, see `npllama.kernels.vector_rows`
-``digits``     int8, int4                      by three digits, see `npllama.kernels.quantised_rows`
-``integers``   int8, int4, tokens in int8      by one, see `npllama.kernels.byte_rows`
-=============  ==============================  ================================================================
+===========  ==========  =======================================================
+``tiles``    bfloat16    in the matrix unit, see `npllama.kernels.tiles`
+``vectors``  bfloat16    in vector registers, see `npllama.kernels.vector_rows`
+``bytes``    int8, int4  by digits, see `npllama.kernels.byte_rows`
+===========  ==========  =======================================================
 
-The ways are a tuple, in this order, of an array (only that it is one matters) for those that are used, and None for the
-others: what is for these is not compiled. Numba leaves a branch out whose condition asks whether an argument of the
-function is None, and asks for nothing else; so each way becomes an argument.
+The ways are a tuple: for tiles and vectors an array if they are used (only that it is one matters), else None; behind
+them the places of digits, one or three, or none. What is not used is not compiled: Numba leaves a branch out whose
+condition asks whether an argument of the function is None, or how long a tuple it is. So each way becomes an argument.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ import numpy as np
 
 from npllama.dtypes import GROUP, Array
 from npllama.kernels import byte_rows, simd, vector_rows
+from npllama.kernels.byte_rows import Rows, rows_at
+from npllama.kernels.byte_tokens import EXACT, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.memory import aligned
-from npllama.kernels.quantised_rows import Rows, multiply_rows, rows_at, take_apart, token_at, token_bytes
 from npllama.kernels.rounded import round_bits
 from npllama.kernels.tiles import _BLOCK, _PARTS, _SQUARE, _STEP, _deliver, _multiply_block, _pack_panel, _split
 
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     lines : ndarray, float32
         Vectors.
     tokens : ndarray of shape (2, bytes), int8
-        Digits or integers, for int8 and int4.
+        Digits, for int8 and int4.
     scratch : ndarray, float32
         Room for four tiles, or the sums of a block in vectors.
     rounded : ndarray, float32
@@ -78,14 +78,14 @@ class Inputs(NamedTuple):
 def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -> Inputs:
     """Return room for inputs (T, N) of up to so many numbers a row."""
     groups = (widest + GROUP - 1) // GROUP
-    size = max(token_bytes(groups, False), token_bytes(groups, True))
-    size = max(size, byte_rows.tokens_bytes(groups, n_new))
+    size = max(tokens_bytes(groups, False, EXACT, n_new), tokens_bytes(groups, True, EXACT, n_new))
+    room = max(4 * _SQUARE, max(vector_rows.room_size(), byte_rows.room_size(groups)))
     lines = aligned(vector_rows.tokens_size(n_new, widest, vector_rows.HALVES), like)
     return Inputs(
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
         lines,
         aligned(2 * size, np.empty(0, np.int8)).reshape(2, size),
-        aligned(max(4 * _SQUARE, vector_rows.room_size(), byte_rows.products_size(ROWS)), like),
+        aligned(room, like),
         np.empty(n_new * widest if rounds else 0, np.float32),
         kind,
     )
@@ -142,11 +142,8 @@ def end(tiles: Array | None) -> None:
 
 @compiled()
 def prepare(x: Array, layer: Array, first: int, stop: int, inputs: Inputs, ways: Any) -> None:
-    """Prepare what enters the matrices of a layer from ``first`` to before ``stop``: x (T, N).
-
-    By three digits it is one token.
-    """
-    _prepare(x, layer, first, stop, inputs, ways[0], ways[1], ways[2], ways[3])
+    """Prepare what enters the matrices of a layer from ``first`` to before ``stop``: x (T, N)."""
+    _prepare(x, layer, first, stop, inputs, ways[0], ways[1], ways[2:])
 
 
 @compiled()
@@ -158,8 +155,7 @@ def _prepare(
     inputs: Inputs,
     tiles: Array | None,
     vectors: Array | None,
-    digits: Array | None,
-    integers: Array | None,
+    places: tuple[int, ...],
 ) -> None:
     if inputs.rounded.size > 0:
         round_bits(x.reshape(-1).view(np.uint32), inputs.rounded.view(np.uint32))
@@ -175,19 +171,16 @@ def _prepare(
         if vectors is not None:  # noqa: SIM102
             if is_wanted and form == _BFLOAT16:
                 vector_rows.line_up(x, inputs.kind, inputs.lines)
-        if digits is not None:  # noqa: SIM102
+        if len(places) > 0:  # noqa: SIM102
             if is_wanted and form != _BFLOAT16:
-                take_apart(x[0], form == _INT4, inputs.tokens[form - 1, : token_bytes(groups, form == _INT4)])
-        if integers is not None:  # noqa: SIM102
-            if is_wanted and form != _BFLOAT16:
-                size = byte_rows.tokens_bytes(groups, x.shape[0])
-                byte_rows.round_tokens(x, form == _INT4, inputs.tokens[form - 1, :size])
+                size = tokens_bytes(groups, form == _INT4, places, x.shape[0])
+                take_apart(x, form == _INT4, places, inputs.tokens[form - 1, :size])
 
 
 @compiled()
 def multiply_part(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, ways: Any) -> None:
     """Fill a block (T, rows), flat, with the input times a part; fetch another one meanwhile."""
-    _multiply_part(n_new, part, ahead, inputs, block, ways[0], ways[1], ways[2], ways[3])
+    _multiply_part(n_new, part, ahead, inputs, block, ways[0], ways[1], ways[2:])
 
 
 @compiled()
@@ -199,26 +192,32 @@ def _multiply_part(
     block: Array,
     tiles: Array | None,
     vectors: Array | None,
-    digits: Array | None,
-    integers: Array | None,
+    places: tuple[int, ...],
 ) -> None:
-    groups, is_int4 = (part.width + GROUP - 1) // GROUP, part.form == _INT4
-    following = ahead.rows if ahead.width else part.rows
     if tiles is not None:  # noqa: SIM102
         if part.form == _BFLOAT16:
             _multiply_tiles(part, n_new, inputs, block, ahead)
     if vectors is not None:  # noqa: SIM102
         if part.form == _BFLOAT16:
             _multiply_vectors(part, n_new, inputs, block, ahead)
-    if digits is not None:  # noqa: SIM102
+    if len(places) > 0:  # noqa: SIM102
         if part.form != _BFLOAT16:
-            token = token_at(np.int64(inputs.tokens[part.form - 1].ctypes.data), groups, is_int4)
-            multiply_rows(part.rows, np.int64(ROWS), groups, is_int4, token, following, np.int64(block.ctypes.data))
-    if integers is not None:  # noqa: SIM102
-        if part.form != _BFLOAT16:
-            size, output = byte_rows.tokens_bytes(groups, n_new), np.int64(block.ctypes.data)
-            tokens, room, rows = inputs.tokens[part.form - 1, :size], inputs.scratch, np.int64(ROWS)
-            byte_rows.multiply_block(part.rows, rows, groups, is_int4, tokens, n_new, following, room, output, 4 * ROWS)
+            _multiply_bytes(part, n_new, places, inputs, block, ahead)
+
+
+@compiled()
+def _multiply_bytes(part: Part, n_new: int, places: Any, inputs: Inputs, block: Array, ahead: Part) -> None:
+    """Do what `multiply_part` does, for int8 and int4: as blocks of 16 rows."""
+    groups, is_int4 = (part.width + GROUP - 1) // GROUP, part.form == _INT4
+    output, token, tokens = np.int64(block.ctypes.data), 4 * ROWS, inputs.tokens[part.form - 1]
+    for first in range(0, ROWS, byte_rows.BLOCK):
+        rows = rows_at(part.rows, first, groups, is_int4)
+        coming = rows_at(rows, byte_rows.BLOCK, groups, is_int4)
+        if first + byte_rows.BLOCK == ROWS and ahead.width > 0:
+            coming = ahead.rows
+        byte_rows.multiply_block(
+            rows, groups, is_int4, places, tokens, n_new, coming, inputs.scratch, output + 4 * first, token
+        )
 
 
 @compiled()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -83,13 +83,23 @@ def splat(builder: Any, value: Any, lanes: int = 16) -> Any:
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes))
 
 
-def lanes_added(builder: Any, vector: Any) -> Any:
-    """Return the sum of sixteen float32 lanes, in pairs of halves."""
+def lanes_added(builder: Any, vectors: Sequence[Any]) -> Any:
+    """Return the sums of the sixteen float32 lanes of 1, 2, 4, 8 or 16 vectors, as the first lanes of a vector.
+
+    A vector's lanes are added in pairs of halves. Two vectors, half of whose lanes count, become one: what belongs to
+    the first stands in the lower halves of its segments.
+    """
+
+    def pair(first: Any, second: Any, half: int) -> Any:
+        segments = [*range(0, 16, 2 * half)]
+        low = [lane for vector in (0, 16) for at in segments for lane in range(vector + at, vector + at + half)]
+        parts = (ir.Constant(INT_VECTOR, [lane + shift for lane in low]) for shift in (0, half))
+        return builder.fadd(*(builder.shuffle_vector(first, second, lanes) for lanes in parts))
+
     for half in (8, 4, 2, 1):
-        low, high = (ir.Constant(ir.VectorType(WORD, half), [*range(at, at + half)]) for at in (0, half))
-        parts = (builder.shuffle_vector(vector, vector, lanes) for lanes in (low, high))
-        vector = builder.fadd(*parts)
-    return builder.extract_element(vector, ir.Constant(WORD, 0))
+        ones, others = vectors[::2], vectors[1::2] or vectors
+        vectors = [pair(first, second, half) for first, second in zip(ones, others, strict=True)]
+    return vectors[0]
 
 
 def upper_half(builder: Any, vector: Any) -> Any:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import TypeAlias
 
 from npllama.dtypes import Array, Tensor
-from npllama.kernels import amx, portable, quantised, quantised_tiles, vectors
+from npllama.kernels import amx, portable, quantised, vectors
 from npllama.kernels.features import choose, host_features, ladder
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import ROUNDINGS
@@ -18,7 +18,7 @@ from npllama.kernels.rounded import ROUNDINGS
 Product: TypeAlias = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
 
 _QUANTISED: dict[str, Product] = {
-    "amx": quantised_tiles.multiply,
+    "amx": amx.multiply_quantised,
     "avx512": vectors.multiply,
     "portable": quantised.multiply,
 }

@@ -25,7 +25,7 @@ import numpy as np
 from numba import prange
 
 from npllama.dtypes import PACKINGS, Array, Tensor, n_groups
-from npllama.kernels import quantised_dots, simd
+from npllama.kernels import simd
 from npllama.kernels.digits import GROUP_BYTES, pack
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
@@ -47,12 +47,9 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     ----------
     x : ndarray of shape (T, N), float32
     weights : sequence of Tensor of shape (M, N)
-        int8 or int4.
+        int8 or int4. M may differ, and is 32 at least.
     outputs : sequence of ndarray of shape (T, M), float32
-        A single token, or a matrix of fewer than 32 rows, is left to `npllama.kernels.quantised_dots`.
     """
-    if len(x) == 1 or any(weight.shape[0] < _BLOCK for weight in weights):
-        return quantised_dots.multiply(x, weights, outputs)
     columns = min(len(x), _TOKENS)
     jobs, shapes, groups = jobs_of(weights, outputs, _BLOCK), _shapes(columns), n_groups(x.shape[1])
     is_int4 = PACKINGS[weights[0].dtype].has_minima
@@ -68,7 +65,6 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
             _multiply(
                 jobs, shapes, digits, steps, sums, partial, is_int4, len(part), first, columns, groups, start, stop
             )
-    return None
 
 
 @cache

@@ -311,7 +311,7 @@ def add_lanes(context: Any, vector: Any) -> Any:
     """``add_lanes(vector)``: sum of sixteen float32, in pairs of halves."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return lanes_added(builder, arguments[0])
+        return builder.extract_element(lanes_added(builder, arguments), ir.Constant(WORD, 0))
 
     return types.float32(FLOATS), code
 

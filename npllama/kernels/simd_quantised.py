@@ -17,7 +17,6 @@ from npllama.kernels.llvm import (
     FLOATS,
     INT_VECTOR,
     INTS,
-    LONG,
     WORD,
     Vector,
     address,
@@ -29,7 +28,6 @@ from npllama.kernels.llvm import (
 
 _HALF = ir.VectorType(BYTE, 32)
 _BYTES = Vector(types.uint8)
-_FLOAT_POINTER = ir.FloatType().as_pointer()
 
 
 def _lanes(count: int, numbers: Any) -> Any:
@@ -118,30 +116,6 @@ def high_nibbles(context: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def broadcast_at(context: Any, array: Any, index: Any) -> Any:
-    """``broadcast_at(array, index)``: one float32 from memory in all lanes. VBROADCASTSS."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = address(context, builder, signature.args[0], *arguments)
-        return splat(builder, builder.load(builder.bitcast(pointer, _FLOAT_POINTER), align=1))
-
-    return FLOATS(array, types.int64), code
-
-
-@intrinsic
-def broadcast_two_at(context: Any, array: Any, index: Any) -> Any:
-    """``broadcast_two_at(array, index)``: one float32 in the low eight lanes, the next in the high ones. VPERMT2PS."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        first = builder.bitcast(address(context, builder, signature.args[0], *arguments), _FLOAT_POINTER)
-        second = builder.gep(first, [ir.Constant(LONG, 1)])
-        low, high = (splat(builder, builder.load(pointer, align=1)) for pointer in (first, second))
-        return builder.shuffle_vector(low, high, _lanes(16, [*range(8), *range(24, 32)]))
-
-    return FLOATS(array, types.int64), code
-
-
-@intrinsic
 def subtract(context: Any, a: Any, b: Any) -> Any:
     """``subtract(a, b)``: of two int32 vectors. VPSUBD."""
 
@@ -149,3 +123,26 @@ def subtract(context: Any, a: Any, b: Any) -> Any:
         return builder.sub(*arguments)
 
     return INTS(INTS, INTS), code
+
+
+@intrinsic(prefer_literal=True)
+def shift_right(context: Any, vector: Any, count: Any) -> Any:
+    """``shift_right(vector, count)``: int32 lanes by a literal count, keeping their signs. VPSRAD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ashr(arguments[0], ir.Constant(INT_VECTOR, [count.literal_value] * 16))
+
+    return INTS(vector, count), code
+
+
+@intrinsic
+def store_low_bytes(context: Any, array: Any, index: Any, vector: Any) -> Any:
+    """``store_low_bytes(array, index, vector)``: write the lowest byte of each int32 lane, 16 bytes. VPMOVDB."""
+    few = ir.VectorType(BYTE, 16)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(builder.trunc(arguments[2], few), builder.bitcast(pointer, few.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, INTS), code

@@ -43,13 +43,14 @@ def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
     return builder.inttoptr(builder.add(address, ir.Constant(LONG, offset)), kind.as_pointer())
 
 
-def _load(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+def load(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    """Return the value that lies so many bytes behind an address."""
     return builder.load(_at(builder, address, offset, kind), align=1)
 
 
-def _load_splat(builder: Any, address: Any, number: int, kind: Any) -> Any:
+def load_splat(builder: Any, address: Any, number: int, kind: Any) -> Any:
     """Return number 0, 1, ... of the words (32 bits) at an address, in all lanes."""
-    return splat(builder, _load(builder, address, 4 * number, kind))
+    return splat(builder, load(builder, address, 4 * number, kind))
 
 
 def _changed(context: Any, builder: Any, kind: Any, sums: Any, change: Callable[[int, Any], Any]) -> Any:
@@ -78,7 +79,7 @@ def first_sums(context: Any, address: Any, count: Any) -> Any:
     kind = _tuple(INTS, count.literal_value)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors = [_load_splat(builder, arguments[0], i, WORD) for i in range(kind.count)]
+        vectors = [load_splat(builder, arguments[0], i, WORD) for i in range(kind.count)]
         return context.make_tuple(builder, kind, vectors)
 
     return kind(types.int64, count), code
@@ -90,7 +91,7 @@ def sums_at(context: Any, address: Any, count: Any) -> Any:
     kind = _tuple(FLOATS, count.literal_value)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors = [_load(builder, arguments[0], _LINE * i, FLOAT_VECTOR) for i in range(kind.count)]
+        vectors = [load(builder, arguments[0], _LINE * i, FLOAT_VECTOR) for i in range(kind.count)]
         return context.make_tuple(builder, kind, vectors)
 
     return kind(types.int64, count), code
@@ -153,7 +154,7 @@ def add_stepped(context: Any, totals: Any, sums: Any, scale: Any, steps: Any) ->
         def change(i: int, total: Any) -> Any:
             scaled = builder.fmul(builder.sitofp(builder.extract_value(tile, i), FLOAT_VECTOR), scale)
             return call(
-                builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, _load_splat(builder, steps, i, ir.FloatType()), total
+                builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, load_splat(builder, steps, i, ir.FloatType()), total
             )
 
         return _changed(context, builder, totals, so_far, change)
@@ -172,7 +173,7 @@ def add_outer_to_memory(context: Any, address: Any, vector: Any, numbers: Any) -
         address, vector, numbers = arguments
         for i in range(16):
             place = _at(builder, address, _LINE * i, FLOAT_VECTOR)
-            number, total = _load_splat(builder, numbers, i, ir.FloatType()), builder.load(place, align=1)
+            number, total = load_splat(builder, numbers, i, ir.FloatType()), builder.load(place, align=1)
             builder.store(call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, number, total), place, align=1)
         return context.get_dummy_value()
 
@@ -181,13 +182,17 @@ def add_outer_to_memory(context: Any, address: Any, vector: Any, numbers: Any) -
 
 @intrinsic
 def store_totals(context: Any, address: Any, sums: Any) -> Any:
-    """``store_totals(address, sums)``: write the sum of each vector's lanes, added in pairs of halves."""
+    """``store_totals(address, sums)``: write the sum of each vector's lanes, of 1, 2, 4, 8 or 16 vectors.
+
+    VPERMT2PS, VADDPS.
+    """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, tile = arguments
-        for i in range(sums.count):
-            total = lanes_added(builder, builder.extract_value(tile, i))
-            builder.store(total, _at(builder, address, 4 * i, ir.FloatType()), align=1)
+        totals = lanes_added(builder, [builder.extract_value(tile, i) for i in range(sums.count)])
+        few = ir.Constant(ir.VectorType(WORD, sums.count), [*range(sums.count)])
+        place = _at(builder, address, 0, ir.VectorType(ir.FloatType(), sums.count))
+        builder.store(builder.shuffle_vector(totals, totals, few), place, align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, sums), code
@@ -201,10 +206,10 @@ def _outer(kind: Any, add: Callable[[Any, Any, Any, Any], Any]) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, weights, x = arguments
-        vector = _load(builder, weights, 0, INT_VECTOR)
+        vector = load(builder, weights, 0, INT_VECTOR)
 
         def change(i: int, total: Any) -> Any:
-            return add(builder, total, vector, _load_splat(builder, x, i, WORD))
+            return add(builder, total, vector, load_splat(builder, x, i, WORD))
 
         return _changed(context, builder, kind, sums, change)
 
@@ -289,11 +294,11 @@ def inner_lines(context: Any, sums: Any, rows: Any, kind: Any, weights: Any, row
         add = _pair_adder() if kind_of == 2 else _add_floats
 
         def line(row: int) -> list[Any]:
-            words = _load(builder, _apart(builder, weights, row_bytes, row), 0, INT_VECTOR)
+            words = load(builder, apart(builder, weights, row_bytes, row), 0, INT_VECTOR)
             return _halves(builder, words) if kind_of == 1 else [words]
 
         lines = [line(row) for row in range(n_rows)]
-        tokens = [_load(builder, x, _LINE * i, INT_VECTOR) for i in range(parts * n_tokens)]
+        tokens = [load(builder, x, _LINE * i, INT_VECTOR) for i in range(parts * n_tokens)]
 
         def change(i: int, total: Any) -> Any:
             row, token = divmod(i, n_tokens)
@@ -304,62 +309,6 @@ def inner_lines(context: Any, sums: Any, rows: Any, kind: Any, weights: Any, row
         return _changed(context, builder, sums, tile, change)
 
     return sums(sums, rows, kind, *[types.int64] * 3), code
-
-
-@intrinsic
-def inner_bytes(context: Any, sums: Any, weights: Any, x: Any, factors: Any, pitch: Any) -> Any:
-    """``inner_bytes(sums, weights, x, factors, pitch)``: add 64 products of bytes to each sum, as float32.
-
-    A sum belongs to a token, whose 64 int8 are a line at ``x``, one token behind the other. The weights are a vector of
-    uint8. What four products come to is multiplied by the token's factor, a float32; factors are ``pitch`` bytes apart.
-    VPDPBUSD, VCVTDQ2PS, VFMADD231PS.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, weights, x, factors, pitch = arguments
-
-        def change(t: int, total: Any) -> Any:
-            products = _dots(builder, None, weights, _load(builder, x, _LINE * t, BYTE_VECTOR))
-            factor = _load_splat(builder, _apart(builder, factors, pitch, t), 0, ir.FloatType())
-            return _multiplied_in(builder, products, factor, total)
-
-        return _changed(context, builder, sums, tile, change)
-
-    return sums(sums, weights, *[types.int64] * 3), code
-
-
-@intrinsic
-def inner_nibbles(context: Any, sums: Any, low: Any, high: Any, x: Any, factors: Any, pitch: Any) -> Any:
-    """``inner_nibbles(sums, low, high, x, factors, pitch)``: the same with two groups of 64 products.
-
-    The first halves of both groups are the vector ``low`` and a token's first line at ``x``, the last halves ``high``
-    and its second line. A token has two factors, one for each group.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, low, high, x, factors, pitch = arguments
-
-        def change(t: int, total: Any) -> Any:
-            products = _dots(builder, None, low, _load(builder, x, 2 * _LINE * t, BYTE_VECTOR))
-            products = _dots(builder, products, high, _load(builder, x, 2 * _LINE * t + _LINE, BYTE_VECTOR))
-            place = _apart(builder, factors, pitch, t)
-            both = [_load_splat(builder, place, group, ir.FloatType()) for group in (0, 1)]
-            lanes = ir.Constant(ir.VectorType(WORD, 16), [*range(8), *range(24, 32)])
-            return _multiplied_in(builder, products, builder.shuffle_vector(*both, lanes), total)
-
-        return _changed(context, builder, sums, tile, change)
-
-    return sums(sums, low, high, *[types.int64] * 3), code
-
-
-def _dots(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
-    total = ir.Constant(INT_VECTOR, [0] * 16) if total is None else total
-    unsigned = builder.bitcast(unsigned, BYTE_VECTOR)
-    return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, unsigned, signed)
-
-
-def _multiplied_in(builder: Any, products: Any, factor: Any, total: Any) -> Any:
-    return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, builder.sitofp(products, FLOAT_VECTOR), factor, total)
 
 
 # --- a vector for each token ------------------------------------------------------------------------------------
@@ -373,7 +322,7 @@ def add_products_at(context: Any, sums: Any, vector: Any, address: Any, pitch: A
         tile, vector, address, pitch = arguments
 
         def change(t: int, total: Any) -> Any:
-            other = _load(builder, _apart(builder, address, pitch, t), 0, FLOAT_VECTOR)
+            other = load(builder, apart(builder, address, pitch, t), 0, FLOAT_VECTOR)
             return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, other, total)
 
         return _changed(context, builder, sums, tile, change)
@@ -381,5 +330,6 @@ def add_products_at(context: Any, sums: Any, vector: Any, address: Any, pitch: A
     return sums(sums, FLOATS, types.int64, types.int64), code
 
 
-def _apart(builder: Any, address: Any, pitch: Any, number: int) -> Any:
+def apart(builder: Any, address: Any, pitch: Any, number: int) -> Any:
+    """Return the address of the number-th of things that lie so many bytes apart."""
     return builder.add(address, builder.mul(pitch, ir.Constant(LONG, number)))

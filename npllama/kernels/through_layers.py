@@ -35,6 +35,8 @@ from npllama.kernels import byte_rows, vector_rows
 from npllama.kernels.activation import _KINDS
 from npllama.kernels.attend import _TILE, _UNLIMITED, piece_for
 from npllama.kernels.by_address import address_of
+from npllama.kernels.byte_rows import Rows
+from npllama.kernels.byte_tokens import EXACT, ROUNDED
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.layer_rows import ROWS, Part
@@ -53,7 +55,6 @@ from npllama.kernels.layer_units import (
     take_units,
 )
 from npllama.kernels.memory import aligned
-from npllama.kernels.quantised_rows import Rows
 from npllama.kernels.tiles import _STEP, _shapes
 from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
 
@@ -61,8 +62,8 @@ from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
 #: is 576 it is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
 _WIDE = 4096
 _NUMBERS = np.empty(0, np.float32)  # only its dtype matters: that of keys, values and vectors
-#: Ways to multiply (`npllama.kernels.layer_rows`), in the order of the arguments of kernels -> the tokens of a pass.
-_WAYS = {"tiles": _TILE_OF_TOKENS, "vectors": vector_rows.FEW, "digits": 1, "integers": byte_rows.FEW}
+#: Ways to multiply (`npllama.kernels.layer_rows`) -> the tokens of a pass.
+_MOST_TOKENS = {"tiles": _TILE_OF_TOKENS, "vectors": vector_rows.FEW, "bytes": byte_rows.FEW}
 
 
 class ThroughLayers:
@@ -75,15 +76,14 @@ class ThroughLayers:
     config : ModelConfig
     ways : set of str
         How its matrices are multiplied: see `npllama.kernels.layer_rows`.
-    rounds, pairs : bool
-        The inputs of products are rounded to bfloat16, and vectors meet bfloat16 in pairs.
+    path, activations : str
+        See `npllama.kernels.features` and `npllama.rounding`.
     """
 
-    def __init__(
-        self, weights: Any, config: Any, ways: Collection[str], *, rounds: bool = False, pairs: bool = False
-    ) -> None:
+    def __init__(self, weights: Any, config: Any, ways: Collection[str], path: str, activations: str) -> None:
         self._config = config
-        self._rounds = rounds
+        self._rounds = activations == "bfloat16"
+        pairs = self._rounds and path == "avx512bf16"  # as in `npllama.kernels.matmul.ROUNDED`
         self._kind = vector_rows.PAIRS if pairs else vector_rows.HALVES
         widest = max(config.dim, config.hidden_dim, config.n_heads * config.head_dim)
         # Adding -0 changes no number, not even a zero: it stands for a bias that is not there.
@@ -91,8 +91,12 @@ class ThroughLayers:
         self._vectors: list[Array] = []  # whatever the table points to must live
         self._weights = weights
         self._layers = np.array([self._addresses(layer) for layer in weights.layers], np.int64)
-        self._ways = tuple(_NUMBERS if way in ways else None for way in _WAYS)
-        self._most_tokens = min(_WAYS[way] for way in ways)
+        places = ROUNDED if activations == "int8" else EXACT
+        tiles, vectors = (_NUMBERS if way in ways else None for way in ("tiles", "vectors"))
+        self._ways = tiles, vectors, *(places if "bytes" in ways else ())
+        self._most_tokens = min(_MOST_TOKENS[way] for way in ways)
+        if path == "amx" and "bytes" in ways and activations != "int8":
+            self._most_tokens = 1  # several go faster in tiles, see `npllama.kernels.matmul.PRODUCTS`
         self._works: Works | None = None
         self._work: int | None = None
         self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
@@ -125,7 +129,7 @@ class ThroughLayers:
         Returns
         -------
         ndarray of shape (T, D), float32, or None
-            None where nothing was done: for many tokens (by digits, more than one), or a cache that is not float32.
+            None where nothing was done: for many tokens, or a cache that is not float32.
         """
         caches, counts = getattr(cache, "caches", (cache,)), getattr(cache, "counts", (len(x),))
         if len(x) > self._most_tokens:
@@ -235,18 +239,14 @@ def through_layers_by(path: str, weights: Any, config: Any, *, activations: str 
     ways = {_way(path, activations, matrix.dtype) for matrix in matrices}
     if None in ways or not fits or ("tiles" in ways and 2 * config.dim >= _WIDE):
         return None
-    rounds = activations == "bfloat16"
-    pairs = rounds and path == "avx512bf16"  # as in `npllama.kernels.matmul.ROUNDED`
-    return ThroughLayers(weights, config, {way for way in ways if way}, rounds=rounds, pairs=pairs)
+    return ThroughLayers(weights, config, {way for way in ways if way}, path, activations)
 
 
 def _way(path: str, activations: str, dtype: str) -> str | None:
     """Return how a storage type is multiplied, or None where all layers at once can't do it."""
     if dtype == "bfloat16":
         return None if activations == "int8" else "tiles" if path == "amx" else "vectors"
-    if dtype not in PACKINGS:
-        return None
-    return "integers" if activations == "int8" else "digits"
+    return "bytes" if dtype in PACKINGS else None
 
 
 def _table(rooms: list[Array], counts: Any, lengths: list[int]) -> NDArray[np.int64]:

@@ -24,13 +24,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import prange
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
-from npllama.kernels.by_address import address_of, call_at
+from npllama.kernels.by_address import address_of
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, OUTPUT, ROWS, count_blocks, job_of, jobs_of
+from npllama.kernels.jobs import DATA, OUTPUT, ROWS, deal_out, job_of, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import nearest
 from npllama.kernels.simd_quantised import load_one_byte
@@ -72,14 +71,15 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind
     """
     tokens = aligned(tokens_size(len(x), x.shape[1], kind), x)
     line_up(np.ascontiguousarray(x), kind, tokens)
-    jobs, threads = jobs_of(weights, outputs, BLOCK), numba.get_num_threads()
-    _multiply(tokens, len(x), x.shape[1], jobs, kind, threads, _address_of_work())
+    arguments = tokens, len(x), x.shape[1], kind
+    deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work())
 
 
 @cache
 def _address_of_work() -> int:
     """Return the address of `_multiply_blocks`."""
-    return address_of(_multiply_blocks, np.empty(1, np.float32), 1, 1, np.empty((1, 6), np.int64), 1, 1, 1)
+    arguments = np.empty(1, np.float32), 1, 1, 1
+    return address_of(_multiply_blocks, arguments, np.empty((1, 6), np.int64), 1, 1)
 
 
 @compiled()
@@ -149,21 +149,10 @@ def _line_up_pairs(x: Array, lines: Array) -> None:
         lines[whole, (j - 2 * _LANES * whole) // 2] |= number if j % 2 == 1 else number >> np.uint32(16)
 
 
-@compiled(parallel=True)
-def _multiply(tokens: Array, n_new: int, width: int, jobs: Array, kind: int, n_threads: int, work: int) -> None:
-    """Do what `multiply` does; each thread reads one contiguous part of all matrices, laid end to end.
-
-    ``work`` is the address of `_multiply_blocks`.
-    """
-    blocks = count_blocks(jobs, BLOCK)
-    for thread in prange(n_threads):
-        start, stop = blocks * thread // n_threads, blocks * (thread + 1) // n_threads
-        call_at(work, (tokens, n_new, width, jobs, kind, start, stop))
-
-
 @compiled()
-def _multiply_blocks(tokens: Array, n_new: int, width: int, jobs: Array, kind: int, start: int, stop: int) -> None:
+def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
+    tokens, n_new, width, kind = arguments
     room = aligned(room_size(), tokens)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)

@@ -54,15 +54,22 @@ def test_bytes_as_numbers_of_another_dtype() -> None:
     np.testing.assert_array_equal(stored("q.load_floats(a, 8)", np.float32, data), data[8:].view(np.float32))
 
 
-def test_numbers_from_memory_over_and_over() -> None:
-    numbers = RNG.normal(size=9).astype(np.float32)
-    np.testing.assert_array_equal(stored("q.broadcast_at(a, 5)", np.float32, numbers), np.repeat(numbers[5], 16))
-    np.testing.assert_array_equal(stored("q.broadcast_two_at(a, 5)", np.float32, numbers), numbers[5:7].repeat(8))
-
-
 def test_differences_of_integers() -> None:
     a, b = (RNG.integers(-(1 << 30), 1 << 30, 16).astype(np.int32) for _ in range(2))
     np.testing.assert_array_equal(stored("q.subtract(s.load(a, 0), s.load(b, 0))", np.int32, a, b), a - b)
+
+
+def test_integers_shifted_with_their_signs_and_their_lowest_bytes() -> None:
+    numbers = RNG.integers(-(1 << 31), 1 << 31, 16).astype(np.int32)
+    np.testing.assert_array_equal(stored("q.shift_right(s.load(a, 0), 8)", np.int32, numbers), numbers >> 8)
+
+    @numba.njit
+    def kernel(out: Any, numbers: Any) -> None:
+        simd_quantised.store_low_bytes(out, 3, simd.load(numbers, 0))
+
+    out = np.zeros(20, np.int8)
+    kernel(out, numbers)
+    np.testing.assert_array_equal(out, np.pad(numbers.astype(np.int8), (3, 1)))
 
 
 BEHIND_MEMORY = """
@@ -70,7 +77,7 @@ import ctypes, mmap
 import numpy as np
 from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import Tensor
-from npllama.kernels import quantised_dots
+from npllama.kernels.matmul import products
 
 def at_the_end(array):
     '''Copy an array to the end of a page behind which nothing may be read.'''
@@ -84,10 +91,9 @@ def at_the_end(array):
 
 for dtype in ("int8", "int4"):
     for width in (64, 576, 1100):
-        numbers = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
+        numbers = np.random.default_rng(0).normal(size=(16, width)).astype(np.float32)
         data, scales, *minima = (at_the_end(part) for part in quantize(numbers, dtype))
-        y = np.empty((1, 5), np.float32)
-        quantised_dots.multiply(numbers[:1], [Tensor(data, dtype, scales, *(minima or [None]), width)], [y])
+        y = products("avx512").linear(numbers[:1], Tensor(data, dtype, scales, *(minima or [None]), width))
         assert abs(y[0, 0] / (numbers[0] @ numbers[0]) - 1) < 0.05
 """
 

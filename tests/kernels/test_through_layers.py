@@ -22,7 +22,7 @@ from npllama.engine import Model
 from npllama.kernels import byte_rows, vector_rows
 from npllama.kernels.features import PATHS, choose, host_features
 from npllama.kernels.paths import twins
-from npllama.kernels.through_layers import through_layers
+from npllama.kernels.through_layers import through_layers, through_layers_by
 from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST, loud_model
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
@@ -229,13 +229,18 @@ def test_what_is_not_known_is_declined() -> None:
 
 @needs_vectors
 @pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
-def test_integers_decline_more_than_one_token(dtypes: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("path", "most"), [("avx512", byte_rows.FEW), ("amx", 1)])
+def test_integers_decline_many_tokens_and_several_where_tiles_are_faster(
+    dtypes: tuple[str, ...], path: str, most: int
+) -> None:
     model, _ = quantised_pair(dtypes)
-    run = through_layers(model.weights, model.config)
+    run = through_layers_by(path, model.weights, model.config)
+    if path == "amx" and "bfloat16" in dtypes and not PATHS[path] <= host_features():
+        pytest.skip("this processor has no matrix unit")
     assert run is not None
-    for n_new in (1, 2):
+    for n_new in {1, most, most + 1}:
         x, angles = np.ones((n_new, 64), np.float32), np.ones((n_new, 8), np.float32)
-        assert (run(x, (angles, angles), KVCache(model.config, 8)) is None) == (n_new > 1)
+        assert (run(x, (angles, angles), KVCache(model.config, 32)) is None) == (n_new > most)
 
 
 @needs_vectors
@@ -272,9 +277,10 @@ def assert_at_once_changes_nothing(model: Model, known: dict[str, Any], most: in
 
 
 @needs_vectors
-def test_integers_and_tokens_in_int8_may_be_several_at_once() -> None:
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_several_tokens_meet_integers_at_once(activations: str) -> None:
     model, _ = quantised_pair(("int8", "int4"))
-    assert_at_once_changes_nothing(model, twins(None, "int8"), byte_rows.FEW)
+    assert_at_once_changes_nothing(model, twins("avx512", activations), byte_rows.FEW)
 
 
 @needs_vectors

@@ -10,7 +10,7 @@ import pytest
 
 from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import PACKINGS, Array, Tensor, narrow
-from npllama.kernels import matmul, quantised_dots, vector_blocks
+from npllama.kernels import byte_rows, matmul, vector_blocks
 from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.matmul import ROUNDED, products
 from npllama.kernels.vector_rows import FEW
@@ -83,9 +83,7 @@ def test_a_row_has_the_same_bits_in_any_company(activations: str, dtype: str) ->
 def test_among_few_a_row_differs_from_itself_among_many_by_rounding_alone(activations: str, dtype: str) -> None:
     x, weight = normal(24, 2000), stored(normal(64, 2000, seed=1), dtype)
     product = products(PATH, activations)
-    few = np.concatenate(
-        [product.linear(x[t : t + quantised_dots.FEW], weight) for t in range(0, 24, quantised_dots.FEW)]
-    )
+    few = np.concatenate([product.linear(x[t : t + byte_rows.FEW], weight) for t in range(0, 24, byte_rows.FEW)])
     scale = np.abs(x) @ np.abs(weight.numbers()).T
     assert (np.abs(few - product.linear(x, weight)) <= 2**-20 * scale).all()
 
