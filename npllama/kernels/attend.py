@@ -13,7 +13,8 @@ from numba import prange
 from numpy.typing import NDArray
 
 from npllama.dtypes import Array
-from npllama.kernels.attend_piece import Piece, attend_few, attend_many, exp2
+from npllama.kernels.attend_few import attend_few
+from npllama.kernels.attend_piece import Piece, attend_many, exp2
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.jit import compiled, exp
@@ -238,7 +239,7 @@ def _attend_piece(
     tile = max(1, _TILE // group)
     out, row, head = (parts, part * tile, 0) if split else (context, piece.row, piece.head)
     if n_queries <= _FEW:
-        highest, total = attend_few(q, scale, piece, like, out, row, head)
+        highest, total = attend_few(q, scale, piece, like, plain, out, row, head)
     else:
         highest, total = attend_many(q, scale, piece, like, plain, out, row, head)
     if split:

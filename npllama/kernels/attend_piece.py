@@ -6,8 +6,9 @@ one comes (Dao et al., FlashAttention, https://arxiv.org/abs/2205.14135). Scores
 weight is ``2**(score - largest)``.
 
 There are two ways through a piece. A few queries, as in decoding, are dot products with keys that stream by from
-memory (`attend_few`). Many stand side by side in **panels** of 32 lanes (`attend_many`): each number of a key or value
-meets all lanes at once, sums stay in registers, and everything that the softmax does is done to whole vectors.
+memory (`npllama.kernels.attend_few`). Many stand side by side in **panels** of 32 lanes (`attend_many`): each number of
+a key or value meets all lanes at once, sums stay in registers, and everything that the softmax does is done to whole
+vectors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from numba.np import arrayobj
 from npllama.dtypes import Array
 from npllama.kernels.jit import compiled, widened
 from npllama.kernels.memory import aligned
-from npllama.kernels.portable import dot_tile
 from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, power_of_two, store, transpose
 from npllama.kernels.simd import fused_multiply_add as fma
 
@@ -319,77 +319,3 @@ def _weigh_plainly(scores: Array, peaks: Array, totals: Array, sums: Array) -> N
         for lane in range(_LANES):
             scores[s, lane] = exp2(scores[s, lane] - peaks[lane])
             totals[lane] += scores[s, lane]
-
-
-# --- few queries ------------------------------------------------------------------------------------------------
-
-
-@compiled()
-def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int) -> Any:
-    """Write the context of a piece's queries, and return their peaks and totals, by which parts can be merged.
-
-    Each key and value is read once, where it lies; ``like`` has their dtype. Scores are multiplied by ``scale``. The
-    context goes into context (T, H, Dh) from a row and a head on; peaks and totals have a number for each query, row by
-    row, and perhaps some more.
-    """
-    head_dim = q.shape[2]
-    n_queries = piece.rows * piece.group
-    padded = (n_queries + 3) // 4 * 4
-    queries = np.zeros((padded, head_dim), np.float32)
-    for m in range(n_queries):
-        for d in range(head_dim):
-            queries[m, d] = q[piece.row + m // piece.group, piece.head + m % piece.group, d] * scale
-    sums = np.zeros((padded, head_dim), np.float32)
-    weights = np.zeros((padded, _BLOCK), np.float32)
-    peaks = np.full(padded, _LOWEST, np.float32)
-    totals = np.zeros(padded, np.float32)
-    spare = np.zeros((_BLOCK, head_dim), like.dtype)
-    for start in range(piece.start, piece.stop, _BLOCK):
-        n_keys = min(_BLOCK, piece.stop - start)
-        keys = _block(piece.keys + start * piece.stride, piece.stride, n_keys, spare)
-        for m in range(0, padded, 4):
-            for s in range(0, n_keys, 4):
-                dot_tile(queries[m : m + 4], keys[s : s + 4], weights[m : m + 4, s : s + 4])
-        for m in range(n_queries):
-            first, end = _seen(piece, m, start)
-            for s in range(first):
-                weights[m, s] = -np.inf
-            for s in range(end, _BLOCK):
-                weights[m, s] = -np.inf
-            shrunk = _weigh_row(weights[m], peaks, totals, m)
-            for d in range(head_dim):
-                sums[m, d] *= shrunk
-        values = _block(piece.values + start * piece.stride, piece.stride, n_keys, spare)
-        _add_product_plainly(weights, values, padded, n_keys, sums)
-    for m in range(n_queries):
-        for d in range(head_dim):
-            context[row + m // piece.group, head + m % piece.group, d] = sums[m, d] / totals[m]
-    return peaks, totals
-
-
-@compiled(inline=True)
-def _block(address: int, stride: int, count: int, spare: Array) -> Any:
-    """Return a block of positions where it lies, or a shorter one in ``spare`` (block, Dh)."""
-    stored = _matrix_at(address, spare, count, stride // spare.itemsize)
-    if count == _BLOCK:
-        return stored
-    for s in range(count):
-        for d in range(spare.shape[1]):
-            spare[s, d] = stored[s, d]
-    return spare
-
-
-@compiled()
-def _weigh_row(scores: Array, peaks: Array, totals: Array, m: int) -> Any:
-    """Turn one query's scores (block,) into weights, update its peak and total, and return what its sums shrink by."""
-    peak = peaks[m]
-    for s in range(_BLOCK):
-        peak = max(peak, scores[s])
-    shrunk = exp2(peaks[m] - peak)
-    total = _ZERO
-    for s in range(_BLOCK):
-        weight = exp2(scores[s] - peak)
-        scores[s] = weight
-        total += weight
-    peaks[m], totals[m] = peak, totals[m] * shrunk + total
-    return shrunk

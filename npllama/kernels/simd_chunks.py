@@ -1,0 +1,144 @@
+"""Products with **chunks** of keys and values: 64 numbers of a row, float32 or bfloat16, of which some may be hidden.
+
+A chunk is four lines of 64 bytes, or two of bfloat16. What meets it is float32, and lies by lines as well: a line's
+numbers for each query in turn, of bfloat16 those with even places before those with odd ones, as
+`npllama.kernels.simd_sums.inner_lines` has it. Which numbers of a chunk are there is said by the bits of an int64, the
+first by the lowest; memory behind the others is not touched, and they count as zeros. So a row may have any length.
+
+Places in memory are addresses (int64). Nothing is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from npllama.kernels.llvm import BYTE, FLOATS, INT_VECTOR, LONG, WORD, call, intrinsic, splat
+from npllama.kernels.simd_sums import _add_floats, _apart, _at, _changed, _halves, _load
+
+_LINE, _CHUNK_NUMBERS = 64, 64
+#: Bits of a number -> the LLVM type of a line, and the name of what loads some of it.
+_LINES: dict[int, tuple[Any, str]] = {
+    32: (INT_VECTOR, "llvm.masked.load.v16i32.p0"),
+    16: (ir.VectorType(ir.IntType(16), 32), "llvm.masked.load.v32i16.p0"),
+}
+#: Sums in the order in which `totals_of` begins, so that it ends with them in order.
+_TREE = (0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15)
+
+
+def _vectors(builder: Any, bits: int, address: Any, seen: Any, ahead: Any) -> list[list[Any]]:
+    """Return the lines of a chunk as float32 vectors, one each or two; fetch what is ``ahead`` bytes behind them."""
+    kind, name = _LINES[bits]
+    lines = []
+    for start in range(0, _CHUNK_NUMBERS, kind.count):
+        place = _at(builder, address, start * bits // 8, kind)
+        there = builder.trunc(builder.lshr(seen, LONG(start)), ir.IntType(kind.count))
+        mask = builder.bitcast(there, ir.VectorType(ir.IntType(1), kind.count))
+        line = call(builder, name, kind, place, WORD(1), mask, ir.Constant(kind, [0] * kind.count))
+        lines.append(_halves(builder, builder.bitcast(line, INT_VECTOR)) if bits == 16 else [line])
+        _fetch(builder, _at(builder, builder.add(address, ahead), start * bits // 8, BYTE))
+    return lines
+
+
+def _fetch(builder: Any, pointer: Any) -> None:
+    read, second_level, data = (ir.Constant(WORD, value) for value in (0, 2, 1))
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, second_level, data)
+
+
+@intrinsic(prefer_literal=True)
+def inner_chunk(
+    context: Any, sums: Any, queries: Any, like: Any, rows: Any, row_bytes: Any, seen: Any, ahead: Any, x: Any
+) -> Any:
+    """``inner_chunk(sums, queries, like, rows, row_bytes, seen, ahead, x)``: add the products of a chunk to each sum.
+
+    The sums of a row are those of each query in turn, literally so many; rows are ``row_bytes`` apart and of the dtype
+    of the array ``like``. VMOVDQU, VPSLLD, VPANDD, VFMADD231PS, PREFETCHT1.
+    """
+    n_queries, bits = queries.literal_value, like.dtype.bitwidth
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, _, _, rows, row_bytes, seen, ahead, x = arguments
+        changed = [builder.extract_value(tile, i) for i in range(sums.count)]
+        chunks = [
+            _vectors(builder, bits, _apart(builder, rows, row_bytes, row), seen, ahead)
+            for row in range(sums.count // n_queries)
+        ]
+        at = 0
+        for line in range(len(chunks[0])):
+            for query in range(n_queries):
+                for part in range(len(chunks[0][0])):
+                    numbers = _load(builder, x, at, INT_VECTOR)
+                    at += _LINE
+                    for row, chunk in enumerate(chunks):
+                        i = row * n_queries + query
+                        changed[i] = _add_floats(builder, changed[i], chunk[line][part], numbers)
+        return context.make_tuple(builder, sums, changed)
+
+    return sums(sums, queries, like, *[types.int64] * 5), code
+
+
+@intrinsic(prefer_literal=True)
+def outer_chunk(context: Any, sums: Any, queries: Any, like: Any, row: Any, seen: Any, ahead: Any, weights: Any) -> Any:
+    """``outer_chunk(sums, queries, like, row, seen, ahead, weights)``: add a chunk times a weight of each query.
+
+    The sums lie like what `inner_chunk` calls x: by lines, queries, and even and odd places. There are literally so
+    many queries; their weights are float32 at an address, one after the other. VBROADCASTSS, VFMADD231PS, PREFETCHT1.
+    """
+    n_queries, bits = queries.literal_value, like.dtype.bitwidth
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, _, _, row, seen, ahead, weights = arguments
+        lines = _vectors(builder, bits, row, seen, ahead)
+        numbers = [splat(builder, _load(builder, weights, 4 * i, ir.FloatType())) for i in range(n_queries)]
+        n_parts = len(lines[0])
+
+        def change(i: int, total: Any) -> Any:
+            line, rest = divmod(i, n_queries * n_parts)
+            return _add_floats(builder, total, lines[line][rest % n_parts], numbers[rest // n_parts])
+
+        return _changed(context, builder, sums, tile, change)
+
+    return sums(sums, queries, like, *[types.int64] * 4), code
+
+
+@intrinsic
+def totals_of(context: Any, sums: Any) -> Any:
+    """``totals_of(sums)``: the sums of the lanes of sixteen float32 vectors, as the lanes of one.
+
+    Notes
+    -----
+    Each round adds the halves of what is left of a sum, and two sums then share a vector: 8 lanes each, 4, 2 and 1. The
+    first rounds move quarters of a vector, the others numbers within a quarter; nothing moves numbers across quarters,
+    which would take another register to say where to. VSHUFF64X2, VSHUFPS, VADDPS.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = [builder.extract_value(arguments[0], i) for i in _TREE]
+        for half in (8, 4, 2, 1):
+            places = _halves_of_two(half)
+            low, high = (ir.Constant(INT_VECTOR, [place + more for place in places]) for more in (0, half))
+            pairs = zip(vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :], strict=True)
+            vectors = [builder.fadd(*(builder.shuffle_vector(*pair, lanes) for lanes in (low, high))) for pair in pairs]
+        return vectors[0]
+
+    return FLOATS(sums), code
+
+
+def _halves_of_two(half: int) -> list[int]:
+    """Return every other ``half`` of two vectors' lanes: of the whole vectors, or in each quarter of both."""
+    span = 16 if half >= 4 else 4
+    own = [[start + lane + half * (lane // half) for lane in range(span // 2)] for start in range(0, 16, span)]
+    return [place for part in own for place in (*part, *(16 + place for place in part))]
+
+
+@intrinsic(prefer_literal=True)
+def exchanged(context: Any, vector: Any, distance: Any) -> Any:
+    """``exchanged(vector, distance)``: lanes so far apart, literally 8 or less, change places. VSHUFF64X2, VPERMILPS."""
+    lanes = [lane ^ distance.literal_value for lane in range(16)]
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.shuffle_vector(arguments[0], arguments[0], ir.Constant(INT_VECTOR, lanes))
+
+    return vector(vector, distance), code
