@@ -29,13 +29,17 @@ from npllama.kernels.attend_piece import (
 from npllama.kernels.jit import compiled
 from npllama.kernels.memory import aligned
 from npllama.kernels.portable import dot_tile
-from npllama.kernels.simd import add, broadcast, load, maximum, multiply, store
-from npllama.kernels.simd_chunks import exchanged, inner_chunk, outer_chunk, totals_of
-from npllama.kernels.simd_sums import no_sums, store_sums, sums_at
+from npllama.kernels.simd import add, broadcast, maximum, multiply, store, store_one
+from npllama.kernels.simd_chunks import exchanged, inner_chunk, outer_chunk, shrunk_sums_at, totals_of
+from npllama.kernels.simd_quantised import load_floats
+from npllama.kernels.simd_sums import no_sums, store_sums
 
 _PARTY = 4
 _LANES = 16
+_LINE = 64
 _CHUNK = 64  # numbers of a head
+_STATE = 3 * _LANES
+_HIDDEN = np.float32(-np.inf)
 
 
 @compiled()
@@ -54,34 +58,34 @@ def attend_few(
     return _attend_plainly(q, scale, piece, like, context, row, head)
 
 
+# --- in vector registers ----------------------------------------------------------------------------------------
+
+
 class Party(NamedTuple):
-    """What a party of queries is, and how far it has come: float32, some of it by lanes.
+    """Some queries of a piece, and how far they have come: addresses of float32 in a room of the piece's own.
 
     Attributes
     ----------
     first : int
-        The number of its first query among those of the piece.
-    queries, sums : ndarray
-        By lines, as `_place` says.
-    scores : ndarray
-        Of a block of keys, later their weights.
-    peaks, totals, shrunk : ndarray of shape (16,)
-        Lanes: the largest score so far of a lane's query; the sum of the lane's weights; by what sums shrank last.
-    spare : ndarray of shape (16, Dh), of the dtype of keys
-        Room for the last keys. What lies behind them there is any number, whose scores nobody sees.
+        The number of the first query among those of the piece.
+    head_dim : int
+        Dh.
+    queries, sums : int
+        By lines, as `_write_lines` says.
+    state : int
+        Three vectors of lanes: the largest score so far of a lane's query, the sum of the lane's weights, and by what
+        sums shrank last.
+    scores, spare : int
+        Room of all parties: for the scores of a block of keys, later their weights; and for sixteen keys.
     """
 
     first: int
-    queries: Array
-    scores: Array
-    peaks: Array
-    totals: Array
-    shrunk: Array
-    sums: Array
-    spare: Array
-
-
-# --- in vector registers ----------------------------------------------------------------------------------------
+    head_dim: int
+    queries: int
+    sums: int
+    state: int
+    scores: int
+    spare: int
 
 
 @compiled()
@@ -89,40 +93,37 @@ def _attend_in_parties(
     q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int
 ) -> Any:
     """Do `attend_few` with vector registers by name."""
-    head_dim = q.shape[2]
-    n_queries = piece.rows * piece.group
-    n_parties, width = (n_queries + _PARTY - 1) // _PARTY, (head_dim + _CHUNK - 1) // _CHUNK * _CHUNK
-    parties = aligned(2 * n_parties * _PARTY * width, q).reshape(2, n_parties, _PARTY * width)
-    parties[:] = _ZERO
-    queries, sums = parties[0], parties[1]
-    state = aligned(2 * n_parties * _LANES, q).reshape(2, n_parties, _LANES)
-    peaks, totals = state[0], state[1]
-    peaks[:], totals[:] = _LOWEST, _ZERO
-    scores, shrunk = aligned(_BLOCK * _PARTY, q), aligned(_LANES, q)
-    spare = aligned(_LANES * head_dim, like).reshape(_LANES, head_dim)
+    head_dim, n_queries = q.shape[2], piece.rows * piece.group
+    width = (head_dim + _CHUNK - 1) // _CHUNK * _CHUNK
+    own, n_parties = 2 * _PARTY * width + _STATE, (n_queries + _PARTY - 1) // _PARTY
+    room = aligned(n_parties * own + _BLOCK * _PARTY + _LANES * width, q)
+    parties = room[: n_parties * own].reshape(n_parties, own)
+    parties[:], parties[:, -_STATE : _LANES - _STATE] = _ZERO, _LOWEST
     for m in range(n_queries):
-        party, size = m // _PARTY, _size_of(n_queries, m)
-        for d in range(head_dim):
-            number = q[piece.row + m // piece.group, piece.head + m % piece.group, d] * scale
-            queries[party, _place(d, m % _PARTY, size, like)] = number
+        numbers = q[piece.row + m // piece.group, piece.head + m % piece.group]
+        _write_lines(numbers, scale, m % _PARTY, _size_of(n_queries, m), like, parties[m // _PARTY])
+    address = np.int64(room.ctypes.data)
+    shared = address + 4 * n_parties * own
     for start in range(piece.start, piece.stop, _BLOCK):
         for first in range(0, n_queries, _PARTY):
-            p, size = first // _PARTY, _size_of(n_queries, first)
-            party = Party(first, queries[p], scores, peaks[p], totals[p], shrunk, sums[p], spare)
+            queries, size = address + first // _PARTY * 4 * own, _size_of(n_queries, first)
+            sums, state = queries + 4 * _PARTY * width, queries + 8 * _PARTY * width
+            party = Party(first, head_dim, queries, sums, state, shared, shared + 4 * _BLOCK * _PARTY)
             if size == 4:
                 _pass_block(4, 16, piece, like, start, party)
             elif size == 2:
                 _pass_block(2, 8, piece, like, start, party)
             else:
                 _pass_block(1, 4, piece, like, start, party)
-    highest, total = np.empty(n_queries, np.float32), np.empty(n_queries, np.float32)
+    highest, totals = np.empty(n_queries, np.float32), np.empty(n_queries, np.float32)
     for m in range(n_queries):
-        party, query, size = m // _PARTY, m % _PARTY, _size_of(n_queries, m)
-        highest[m], total[m] = peaks[party, query], totals[party, query::size].sum()
-        for d in range(head_dim):
-            number = sums[party, _place(d, query, size, like)]
-            context[row + m // piece.group, head + m % piece.group, d] = number / total[m]
-    return highest, total
+        party, query, size = parties[m // _PARTY], m % _PARTY, _size_of(n_queries, m)
+        highest[m], totals[m] = party[own - _STATE + query], _ZERO
+        for lane in range(query, _LANES, size):
+            totals[m] += party[own - _STATE + _LANES + lane]
+        numbers = context[row + m // piece.group, head + m % piece.group]
+        _read_lines(party[_PARTY * width :], _ONE / totals[m], query, size, like, numbers)
+    return highest, totals
 
 
 @compiled(inline=True)
@@ -132,12 +133,26 @@ def _size_of(n_queries: int, m: int) -> int:
     return _PARTY if left > 2 else left
 
 
-@compiled(inline=True)
-def _place(d: int, query: int, size: int, like: Array) -> int:
-    """Return where number d of a query lies among those of its party; see `npllama.kernels.simd_chunks`."""
+@compiled()
+def _write_lines(numbers: Array, scale: np.float32, query: int, size: int, like: Array, lines: Array) -> None:
+    """Write a query's numbers (Dh,) times a scale among those of its party; see `npllama.kernels.simd_chunks`."""
     parts = 4 // like.itemsize
-    numbers = _LANES * parts
-    return (d // numbers * size + query) * numbers + d % parts * _LANES + d % numbers // parts
+    line = _LANES * parts
+    for first in range(0, len(numbers), line):
+        at = first * size + query * line
+        for i in range(min(line, len(numbers) - first)):
+            lines[at + i % parts * _LANES + i // parts] = numbers[first + i] * scale
+
+
+@compiled()
+def _read_lines(lines: Array, scale: np.float32, query: int, size: int, like: Array, numbers: Array) -> None:
+    """Do the opposite of `_write_lines`."""
+    parts = 4 // like.itemsize
+    line = _LANES * parts
+    for first in range(0, len(numbers), line):
+        at = first * size + query * line
+        for i in range(min(line, len(numbers) - first)):
+            numbers[first + i] = lines[at + i % parts * _LANES + i // parts] * scale
 
 
 @compiled(inline=True)
@@ -153,9 +168,9 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
     for query in range(size):
         begin, end = _seen(piece, party.first + query, start)
         for s in range(begin):
-            party.scores[s * size + query] = -np.inf
+            store_one(party.scores, 4 * (s * size + query), _HIDDEN)
         for s in range(end, n_scores // size):
-            party.scores[s * size + query] = -np.inf
+            store_one(party.scores, 4 * (s * size + query), _HIDDEN)
     _weigh(size, n_scores, party)
     ahead = piece.keys - piece.values + _BLOCK * piece.stride
     _add_values(size, n_sums, piece, like, piece.values + offset, n_keys, ahead, party)
@@ -165,22 +180,29 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
 def _score(size: int, piece: Piece, like: Array, keys: int, n_keys: int, ahead: int, party: Party) -> None:
     """Write a party's scores with some keys, sixteen at a time; fetch what is ``ahead`` bytes behind each key.
 
-    There may be no memory behind the last key: keys that are no sixteen scores are copied to a place that has it.
+    There may be no memory behind the last key: keys that make no sixteen scores are copied to where there is. What lies
+    behind them there is any number, whose scores nobody sees.
     """
-    n_rows, head_dim, x = _LANES // size, party.spare.shape[1], np.int64(party.queries.ctypes.data)
+    n_rows = _LANES // size
     for s in range(0, n_keys, n_rows):
         rows, row_bytes = keys + s * piece.stride, piece.stride
         if s + n_rows > n_keys:
-            stored = _matrix_at(rows, like, n_keys - s, piece.stride // like.itemsize)
-            for r in range(n_keys - s):
-                for d in range(head_dim):
-                    party.spare[r, d] = stored[r, d]
-            rows, row_bytes = np.int64(party.spare.ctypes.data), head_dim * like.itemsize
+            _copy(rows, piece.stride, like, n_keys - s, party.head_dim, party.spare)
+            rows, row_bytes = party.spare, party.head_dim * like.itemsize
         tile = no_sums(_LANES)
-        for d in range(0, head_dim, _CHUNK):
-            place, numbers = rows + d * like.itemsize, x + 4 * size * d
-            tile = inner_chunk(tile, size, like, place, row_bytes, _there(head_dim - d), ahead, numbers)
-        store(party.scores, s * size, totals_of(tile))
+        for d in range(0, party.head_dim, _CHUNK):
+            place, x, there = rows + d * like.itemsize, party.queries + 4 * size * d, _there(party.head_dim - d)
+            tile = inner_chunk(tile, size, like, place, row_bytes, there, ahead, x)
+        store(party.scores, 4 * s * size, totals_of(tile))
+
+
+@compiled()
+def _copy(rows: int, stride: int, like: Array, count: int, head_dim: int, target: int) -> None:
+    """Copy the numbers of a few positions to an address, one position behind the other."""
+    stored, copies = _matrix_at(rows, like, count, stride // like.itemsize), _matrix_at(target, like, count, head_dim)
+    for s in range(count):
+        for d in range(head_dim):
+            copies[s, d] = stored[s, d]
 
 
 @compiled(inline=True)
@@ -191,11 +213,11 @@ def _there(count: int) -> Any:
 
 @compiled(inline=True)
 def _weigh(size: int, n_scores: int, party: Party) -> None:
-    """Turn a party's scores into weights, update peaks and totals, and say by what its sums shrink."""
-    before = load(party.peaks, 0)
+    """Turn a party's scores into weights, and bring its state up to date."""
+    before = load_floats(party.state, 0)
     peak = before
-    for at in range(0, n_scores, _LANES):
-        peak = maximum(load(party.scores, at), peak)
+    for at in range(0, 4 * n_scores, _LINE):
+        peak = maximum(load_floats(party.scores, at), peak)
     peak = maximum(exchanged(peak, 8), peak)
     peak = maximum(exchanged(peak, 4), peak)
     if size <= 2:
@@ -204,14 +226,14 @@ def _weigh(size: int, n_scores: int, party: Party) -> None:
         peak = maximum(exchanged(peak, 1), peak)
     minus_peak = multiply(peak, broadcast(-_ONE))
     shrunk = _exp2_lanes(add(before, minus_peak))
-    total = multiply(load(party.totals, 0), shrunk)
-    for at in range(0, n_scores, _LANES):
-        weight = _exp2_lanes(add(load(party.scores, at), minus_peak))
+    total = multiply(load_floats(party.state, _LINE), shrunk)
+    for at in range(0, 4 * n_scores, _LINE):
+        weight = _exp2_lanes(add(load_floats(party.scores, at), minus_peak))
         store(party.scores, at, weight)
         total = add(total, weight)
-    store(party.peaks, 0, peak)
-    store(party.totals, 0, total)
-    store(party.shrunk, 0, shrunk)
+    store(party.state, 0, peak)
+    store(party.state, _LINE, total)
+    store(party.state, 2 * _LINE, shrunk)
 
 
 @compiled(inline=True)
@@ -219,16 +241,12 @@ def _add_values(
     size: int, n_sums: int, piece: Piece, like: Array, values: int, n_keys: int, ahead: int, party: Party
 ) -> None:
     """Shrink a party's sums, and add values times weights; fetch what is ``ahead`` bytes behind each value."""
-    sums, weights, parts = party.sums, np.int64(party.scores.ctypes.data), 4 // like.itemsize
-    head_dim, address = party.spare.shape[1], np.int64(sums.ctypes.data)
-    for at in range(0, sums.shape[0] // _PARTY * size, _LANES):
-        store(sums, at, multiply(load(sums, at), broadcast(party.shrunk[at // (_LANES * parts) % size])))
-    for d in range(0, head_dim, _CHUNK):
-        there, place = _there(head_dim - d), address + 4 * size * d
-        tile = sums_at(place, n_sums)
+    for d in range(0, party.head_dim, _CHUNK):
+        place, there = party.sums + 4 * size * d, _there(party.head_dim - d)
+        tile = shrunk_sums_at(like, place, n_sums, size, party.state + 2 * _LINE)
         for s in range(n_keys):
             row = values + s * piece.stride + d * like.itemsize
-            tile = outer_chunk(tile, size, like, row, there, ahead, weights + 4 * size * s)
+            tile = outer_chunk(tile, size, like, row, there, ahead, party.scores + 4 * size * s)
         store_sums(place, tile)
 
 

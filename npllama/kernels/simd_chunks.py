@@ -15,8 +15,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.llvm import BYTE, FLOATS, INT_VECTOR, LONG, WORD, call, intrinsic, splat
-from npllama.kernels.simd_sums import _add_floats, _apart, _at, _changed, _halves, _load
+from npllama.kernels.llvm import BYTE, FLOAT_VECTOR, FLOATS, INT_VECTOR, LONG, WORD, call, intrinsic
+from npllama.kernels.simd_sums import _add_floats, _apart, _at, _changed, _halves, _load, _load_splat, _tuple
 
 _LINE, _CHUNK_NUMBERS = 64, 64
 #: Bits of a number -> the LLVM type of a line, and the name of what loads some of it.
@@ -91,7 +91,7 @@ def outer_chunk(context: Any, sums: Any, queries: Any, like: Any, row: Any, seen
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile, _, _, row, seen, ahead, weights = arguments
         lines = _vectors(builder, bits, row, seen, ahead)
-        numbers = [splat(builder, _load(builder, weights, 4 * i, ir.FloatType())) for i in range(n_queries)]
+        numbers = [_load_splat(builder, weights, i, ir.FloatType()) for i in range(n_queries)]
         n_parts = len(lines[0])
 
         def change(i: int, total: Any) -> Any:
@@ -101,6 +101,26 @@ def outer_chunk(context: Any, sums: Any, queries: Any, like: Any, row: Any, seen
         return _changed(context, builder, sums, tile, change)
 
     return sums(sums, queries, like, *[types.int64] * 4), code
+
+
+@intrinsic(prefer_literal=True)
+def shrunk_sums_at(context: Any, like: Any, address: Any, count: Any, queries: Any, factors: Any) -> Any:
+    """``shrunk_sums_at(like, address, count, queries, factors)``: what `outer_chunk` adds to, times one number a query.
+
+    The vectors, literally so many, and the queries' numbers are float32 at addresses. VMULPS.
+    """
+    kind, n_queries, n_parts = _tuple(FLOATS, count.literal_value), queries.literal_value, 32 // like.dtype.bitwidth
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, address, _, _, factors = arguments
+        numbers = [_load_splat(builder, factors, i, ir.FloatType()) for i in range(n_queries)]
+        vectors = [
+            builder.fmul(_load(builder, address, _LINE * i, FLOAT_VECTOR), numbers[i // n_parts % n_queries])
+            for i in range(kind.count)
+        ]
+        return context.make_tuple(builder, kind, vectors)
+
+    return kind(like, types.int64, count, queries, types.int64), code
 
 
 @intrinsic
@@ -135,7 +155,7 @@ def _halves_of_two(half: int) -> list[int]:
 
 @intrinsic(prefer_literal=True)
 def exchanged(context: Any, vector: Any, distance: Any) -> Any:
-    """``exchanged(vector, distance)``: lanes so far apart, literally 8 or less, change places. VSHUFF64X2, VPERMILPS."""
+    """``exchanged(vector, distance)``: lanes so far apart, literally 8 at most, change places. VSHUFPS."""
     lanes = [lane ^ distance.literal_value for lane in range(16)]
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
