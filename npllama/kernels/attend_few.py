@@ -29,8 +29,16 @@ from npllama.kernels.attend_piece import (
 from npllama.kernels.jit import compiled
 from npllama.kernels.memory import aligned
 from npllama.kernels.portable import dot_tile
-from npllama.kernels.simd import add, broadcast, maximum, multiply, store, store_one
-from npllama.kernels.simd_chunks import exchanged, inner_chunk, outer_chunk, shrunk_sums_at, totals_of
+from npllama.kernels.simd import add, broadcast, load, maximum, multiply, store, store_one
+from npllama.kernels.simd_chunks import (
+    exchanged,
+    inner_chunk,
+    outer_chunk,
+    put_together,
+    shrunk_sums_at,
+    taken_apart,
+    totals_of,
+)
 from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.simd_sums import no_sums, store_sums
 
@@ -39,6 +47,7 @@ _LANES = 16
 _LINE = 64
 _CHUNK = 64  # numbers of a head
 _STATE = 3 * _LANES
+_EARLY = 1 << 14  # bytes of keys, or values, before whose turn the next ones are fetched: four pages
 _HIDDEN = np.float32(-np.inf)
 
 
@@ -96,17 +105,18 @@ def _attend_in_parties(
     head_dim, n_queries = q.shape[2], piece.rows * piece.group
     width = (head_dim + _CHUNK - 1) // _CHUNK * _CHUNK
     own, n_parties = 2 * _PARTY * width + _STATE, (n_queries + _PARTY - 1) // _PARTY
-    room = aligned(n_parties * own + _BLOCK * _PARTY + _LANES * width, q)
-    parties = room[: n_parties * own].reshape(n_parties, own)
-    parties[:], parties[:, -_STATE : _LANES - _STATE] = _ZERO, _LOWEST
-    for m in range(n_queries):
-        numbers = q[piece.row + m // piece.group, piece.head + m % piece.group]
-        _write_lines(numbers, scale, m % _PARTY, _size_of(n_queries, m), like, parties[m // _PARTY])
+    room = aligned(n_parties * own + _BLOCK * _PARTY + _LANES * width + width, q)
+    parties, padded = room[: n_parties * own].reshape(n_parties, own), room[len(room) - width :]
+    parties[:], parties[:, -_STATE : _LANES - _STATE], padded[:] = _ZERO, _LOWEST, _ZERO
     address = np.int64(room.ctypes.data)
     shared = address + 4 * n_parties * own
+    for m in range(n_queries):
+        for d in range(head_dim):
+            padded[d] = q[piece.row + m // piece.group, piece.head + m % piece.group, d] * scale
+        _write_lines(padded, m % _PARTY, _size_of(n_queries, m), like, address + 4 * own * (m // _PARTY))
     for start in range(piece.start, piece.stop, _BLOCK):
         for first in range(0, n_queries, _PARTY):
-            queries, size = address + first // _PARTY * 4 * own, _size_of(n_queries, first)
+            queries, size = address + 4 * own * (first // _PARTY), _size_of(n_queries, first)
             sums, state = queries + 4 * _PARTY * width, queries + 8 * _PARTY * width
             party = Party(first, head_dim, queries, sums, state, shared, shared + 4 * _BLOCK * _PARTY)
             if size == 4:
@@ -121,8 +131,10 @@ def _attend_in_parties(
         highest[m], totals[m] = party[own - _STATE + query], _ZERO
         for lane in range(query, _LANES, size):
             totals[m] += party[own - _STATE + _LANES + lane]
-        numbers = context[row + m // piece.group, head + m % piece.group]
-        _read_lines(party[_PARTY * width :], _ONE / totals[m], query, size, like, numbers)
+        sums, part = address + 4 * own * (m // _PARTY) + 4 * _PARTY * width, _ONE / totals[m]
+        _read_lines(sums, query, size, like, padded)
+        for d in range(head_dim):
+            context[row + m // piece.group, head + m % piece.group, d] = padded[d] * part
     return highest, totals
 
 
@@ -134,36 +146,43 @@ def _size_of(n_queries: int, m: int) -> int:
 
 
 @compiled()
-def _write_lines(numbers: Array, scale: np.float32, query: int, size: int, like: Array, lines: Array) -> None:
-    """Write a query's numbers (Dh,) times a scale among those of its party; see `npllama.kernels.simd_chunks`."""
-    parts = 4 // like.itemsize
-    line = _LANES * parts
-    for first in range(0, len(numbers), line):
-        at = first * size + query * line
-        for i in range(min(line, len(numbers) - first)):
-            lines[at + i % parts * _LANES + i // parts] = numbers[first + i] * scale
+def _write_lines(numbers: Array, query: int, size: int, like: Array, lines: int) -> None:
+    """Write a query's numbers, whole chunks, among those of its party; see `npllama.kernels.simd_chunks`."""
+    line = _LANES * 4 // like.itemsize
+    for d in range(0, len(numbers), line):
+        place = lines + 4 * (d * size + query * line)
+        if line == _LANES:
+            store(place, 0, load(numbers, d))
+        else:
+            even, odd = taken_apart(load(numbers, d), load(numbers, d + _LANES))
+            store(place, 0, even)
+            store(place, _LINE, odd)
 
 
 @compiled()
-def _read_lines(lines: Array, scale: np.float32, query: int, size: int, like: Array, numbers: Array) -> None:
+def _read_lines(lines: int, query: int, size: int, like: Array, numbers: Array) -> None:
     """Do the opposite of `_write_lines`."""
-    parts = 4 // like.itemsize
-    line = _LANES * parts
-    for first in range(0, len(numbers), line):
-        at = first * size + query * line
-        for i in range(min(line, len(numbers) - first)):
-            numbers[first + i] = lines[at + i % parts * _LANES + i // parts] * scale
+    line = _LANES * 4 // like.itemsize
+    for d in range(0, len(numbers), line):
+        place = lines + 4 * (d * size + query * line)
+        if line == _LANES:
+            store(numbers, d, load_floats(place, 0))
+        else:
+            first, second = put_together(load_floats(place, 0), load_floats(place, _LINE))
+            store(numbers, d, first)
+            store(numbers, d + _LANES, second)
 
 
 @compiled(inline=True)
 def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, party: Party) -> None:
     """Bring a party up to date with the block of keys at ``start``.
 
-    Its size is a literal, and so are the vectors of its sums over a chunk of values, four times as many. While keys are
-    read, their values are fetched from memory, and meanwhile the next block's keys.
+    Its size is a literal, and so are the vectors of its sums over a chunk of values, four times as many. What comes
+    some pages behind is fetched from memory meanwhile.
     """
     n_keys, offset = min(_BLOCK, piece.stop - start), start * piece.stride
-    _score(size, piece, like, piece.keys + offset, n_keys, piece.values - piece.keys, party)
+    ahead = max(1, _EARLY // (party.head_dim * like.itemsize)) * piece.stride
+    _score(size, piece, like, piece.keys + offset, n_keys, ahead, party)
     n_scores = (n_keys * size + _LANES - 1) // _LANES * _LANES
     for query in range(size):
         begin, end = _seen(piece, party.first + query, start)
@@ -172,7 +191,6 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
         for s in range(end, n_scores // size):
             store_one(party.scores, 4 * (s * size + query), _HIDDEN)
     _weigh(size, n_scores, party)
-    ahead = piece.keys - piece.values + _BLOCK * piece.stride
     _add_values(size, n_sums, piece, like, piece.values + offset, n_keys, ahead, party)
 
 

@@ -162,3 +162,27 @@ def exchanged(context: Any, vector: Any, distance: Any) -> Any:
         return builder.shuffle_vector(arguments[0], arguments[0], ir.Constant(INT_VECTOR, lanes))
 
     return vector(vector, distance), code
+
+
+@intrinsic
+def taken_apart(context: Any, first: Any, second: Any) -> Any:
+    """``taken_apart(first, second)``: of 32 numbers those with even places, and those with odd ones. VPERMT2PS."""
+    return _shuffled([*range(0, 32, 2)], [*range(1, 32, 2)])
+
+
+@intrinsic
+def put_together(context: Any, even: Any, odd: Any) -> Any:
+    """``put_together(even, odd)``: the opposite of `taken_apart`. VPERMT2PS."""
+    places = [lane // 2 + 16 * (lane % 2) for lane in range(32)]
+    return _shuffled(places[:16], places[16:])
+
+
+def _shuffled(*places: list[int]) -> Any:
+    """Return the signature and code of two vectors whose lanes are some of two other ones'."""
+    kind = _tuple(FLOATS, 2)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = [builder.shuffle_vector(*arguments, ir.Constant(INT_VECTOR, lanes)) for lanes in places]
+        return context.make_tuple(builder, kind, vectors)
+
+    return kind(FLOATS, FLOATS), code
