@@ -197,11 +197,12 @@ def _attend(
     group = q.shape[1] // n_kv_heads
     tile = max(1, _TILE // group)
     pieces, n_parts = _pieces(table, n_kv_heads, tile, window)
-    parts = np.empty((n_parts * tile, group, q.shape[2]), np.float32)
-    peaks, totals = np.empty((n_parts, tile * group), np.float32), np.empty((n_parts, tile * group), np.float32)
+    rows = min(tile, table[:, _COUNT].max())
+    parts = np.empty((n_parts * rows, group, q.shape[2]), np.float32)
+    peaks, totals = np.empty((n_parts, rows * group), np.float32), np.empty((n_parts, rows * group), np.float32)
     for i in prange(len(pieces)):
         call_at(piece, (q, table, pieces[i], group, scale, window, like, plain, parts, peaks, totals, context))
-    _merge(table, pieces, group, tile, parts, peaks, totals, context)
+    _merge(table, pieces, group, parts, peaks, totals, context)
 
 
 @compiled()
@@ -236,8 +237,7 @@ def _attend_piece(
         window,
     )
     part, split, n_queries = line[_PART], line[_SPANS] > 1, piece.rows * group
-    tile = max(1, _TILE // group)
-    out, row, head = (parts, part * tile, 0) if split else (context, piece.row, piece.head)
+    out, row, head = (parts, part * (peaks.shape[1] // group), 0) if split else (context, piece.row, piece.head)
     if n_queries <= _FEW:
         highest, total = attend_few(q, scale, piece, like, plain, out, row, head)
     else:
@@ -294,13 +294,12 @@ def _write(
 
 
 @compiled()
-def _merge(
-    table: Array, pieces: Array, group: int, tile: int, parts: Array, peaks: Array, totals: Array, context: Array
-) -> None:
+def _merge(table: Array, pieces: Array, group: int, parts: Array, peaks: Array, totals: Array, context: Array) -> None:
     """Fill the rows of context (T, H, Dh) whose keys were split with the means of their parts.
 
     A part counts for its total, in units of its peak.
     """
+    rows = peaks.shape[1] // group  # of a part
     gathered = np.empty(context.shape[2], np.float32)
     at = 0
     while at < len(pieces):
@@ -319,7 +318,7 @@ def _merge(
                 weight = totals[part, m] * exp2(peaks[part, m] - peak)
                 total += weight
                 for d in range(len(gathered)):
-                    gathered[d] += weight * parts[part * tile + m // group, m % group, d]
+                    gathered[d] += weight * parts[part * rows + m // group, m % group, d]
             for d in range(len(gathered)):
                 context[sequence[_ROW] + m // group, line[_HEAD] * group + m % group, d] = gathered[d] / total
 

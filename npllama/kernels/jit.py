@@ -96,6 +96,32 @@ def _widened(context: Any, value: Any) -> Any:
 #: ``widened(number)``, for use inside kernels.
 widened: Any = intrinsic(_widened)
 
+
+def _narrowed(context: Any, value: Any, like: Any) -> Any:
+    """Turn a float32 into a stored number of the dtype of the array ``like``: float32, or the bits of a bfloat16.
+
+    That is the nearest one, ties to even, as ml_dtypes has it: half of what is cut off is added before, less one bit
+    where the result would otherwise be odd, and a NaN keeps nothing but its sign.
+    """
+
+    def to_float32(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return arguments[0]
+
+    def to_bfloat16(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        nearest = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
+        nan = builder.or_(builder.lshr(builder.and_(bits, word(1 << 31)), word(16)), word(0x7FC0))
+        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.trunc(builder.select(is_nan, nan, nearest), ir.IntType(16))
+
+    return like.dtype(types.float32, like), to_bfloat16 if like.dtype == types.uint16 else to_float32
+
+
+#: ``narrowed(number, like)``, for use inside kernels: the opposite of `widened`.
+narrowed: Any = intrinsic(_narrowed)
+
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)  # few bits, so that n * _LN2_HIGH is exact
 _LN2_LOW = np.float32(-2.12194440e-4)

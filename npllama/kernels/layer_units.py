@@ -14,7 +14,7 @@ from npllama.kernels.attend import _TILE as _TILE_OF_QUERIES
 from npllama.kernels.attend import _UNLIMITED, _merge, _pieces
 from npllama.kernels.attend_piece import _matrix_at
 from npllama.kernels.by_address import call_at
-from npllama.kernels.jit import compiled
+from npllama.kernels.jit import compiled, narrowed
 from npllama.kernels.layer_rows import (
     ROWS,
     Inputs,
@@ -167,16 +167,17 @@ def run_units(
     shapes: Array,
     starts: Array,
     like: Array,
+    stored: Array,
     ways: Any,
     works: Works,
     work: int,
 ) -> None:
     """Run x through all layers, in place; every thread does what is there to do.
 
-    ``work`` is the address of `take_units`.
+    ``work`` is the address of `take_units`; ``stored`` has the dtype of keys and values.
     """
     for _ in prange(plan.n_threads):
-        everything = plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, ways, works
+        everything = plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, stored, ways, works
         call_at(work, everything)
 
 
@@ -192,6 +193,7 @@ def take_units(
     shapes: Array,
     starts: Array,
     like: Array,
+    stored: Array,
     ways: Any,
     works: Works,
 ) -> None:
@@ -223,7 +225,6 @@ def take_units(
                         own.sequences,
                         pieces,
                         plan.n_heads // plan.n_kv_heads,
-                        tile,
                         shared.parts,
                         shared.peaks,
                         shared.totals,
@@ -231,11 +232,11 @@ def take_units(
                     )
                 call_at(works.enter, (plan, shared, own, layer, kind, like, ways))
         if kind == _ATTEND:
-            line = pieces[unit - starts[phase]]
-            _append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like)
+            line = pieces[_block_of(plan, unit, phase, starts)]
+            _append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like, stored)
             group, window = plan.n_heads // plan.n_kv_heads, windows[phase // _PHASES]
             room = shared.parts, shared.peaks, shared.totals, shared.context
-            where = shared.turned, own.sequences, line, group, plan.scale, window, like, None
+            where = shared.turned, own.sequences, line, group, plan.scale, window, stored, None
             call_at(works.attend, (*where, *room))
         else:
             block = _block_of(plan, unit, phase, starts)
@@ -405,7 +406,15 @@ def _add_bias(block: Array, bias: int, like: Array) -> None:
 
 @compiled()
 def _append(
-    plan: Plan, shared: Shared, layer: Array, sequence: Array, head: int, cos: Array, sin: Array, like: Array
+    plan: Plan,
+    shared: Shared,
+    layer: Array,
+    sequence: Array,
+    head: int,
+    cos: Array,
+    sin: Array,
+    like: Array,
+    stored: Array,
 ) -> None:
     """Norm and turn a key/value head's queries and keys of one sequence; write keys and values to the cache.
 
@@ -428,12 +437,13 @@ def _append(
     _apply_rope(queries, cos[first : first + count], sin[first : first + count], turned)
     _apply_rope(key, cos[first : first + count], sin[first : first + count], turned_key)
     offset = head * sequence[_HEAD_STRIDE] + (sequence[_LENGTH] - count) * sequence[_STRIDE]
-    keys = _matrix_at(sequence[_KEYS] + offset, like, count, sequence[_STRIDE] // 4)
-    values = _matrix_at(sequence[_VALUES] + offset, like, count, sequence[_STRIDE] // 4)
+    width = sequence[_STRIDE] // stored.itemsize
+    keys = _matrix_at(sequence[_KEYS] + offset, stored, count, width)
+    values = _matrix_at(sequence[_VALUES] + offset, stored, count, width)
     for t in range(count):
         for h in range(group):
             for d in range(size):
                 shared.turned[first + t, head * group + h, d] = turned[t, h, d]
         for d in range(size):
-            keys[t, d] = turned_key[t, 0, d]
-            values[t, d] = shared.v[first + t, head * size + d]
+            keys[t, d] = narrowed(turned_key[t, 0, d], stored)
+            values[t, d] = narrowed(shared.v[first + t, head * size + d], stored)

@@ -61,7 +61,9 @@ from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
 #: Bytes of a row of D numbers from which on going layer by layer is faster in tiles, by 10 % where D is 2048; where D
 #: is 576 it is 30 % slower. A page of memory: from then on the processor foresees by itself what will be read.
 _WIDE = 4096
-_NUMBERS = np.empty(0, np.float32)  # only its dtype matters: that of keys, values and vectors
+_NUMBERS = np.empty(0, np.float32)  # only its dtype matters: that of vectors
+#: dtypes of keys and values -> an array of the dtype that kernels see.
+_STORED: dict[str, Array] = {"float32": _NUMBERS, "bfloat16": np.empty(0, np.uint16)}
 #: Ways to multiply (`npllama.kernels.layer_rows`) -> the tokens of a pass.
 _MOST_TOKENS = {"tiles": _TILE_OF_TOKENS, "vectors": vector_rows.FEW, "bytes": byte_rows.FEW}
 
@@ -97,8 +99,7 @@ class ThroughLayers:
         self._most_tokens = min(_MOST_TOKENS[way] for way in ways)
         if path == "amx" and "bytes" in ways and activations != "int8":
             self._most_tokens = 1  # several go faster in tiles, see `npllama.kernels.matmul.PRODUCTS`
-        self._works: Works | None = None
-        self._work: int | None = None
+        self._works: dict[str, tuple[Works, int]] = {}
         self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
 
     def _addresses(self, layer: Any) -> list[int]:
@@ -129,36 +130,36 @@ class ThroughLayers:
         Returns
         -------
         ndarray of shape (T, D), float32, or None
-            None where nothing was done: for many tokens, or a cache that is not float32.
+            None where nothing was done: for many tokens, or caches that are neither all float32 nor all bfloat16.
         """
         caches, counts = getattr(cache, "caches", (cache,)), getattr(cache, "counts", (len(x),))
         if len(x) > self._most_tokens:
             return None
         rooms = [own.room() for own in caches]
-        if any(room.dtype != _NUMBERS.dtype for room in rooms):
+        dtype = rooms[0].dtype.name
+        if dtype not in _STORED or any(room.dtype.name != dtype for room in rooms):
             return None
         sequences = _table(rooms, counts, [own.length for own in caches])
         plan = self._plan(len(x))
         starts, n_parts = count_units(plan, sequences, self._windows)
-        shared = self._shared(x, n_parts, len(starts))
-        if self._works is None:  # the types of what is below are always the same
-            self._works = self._find_works(plan, shared, sequences)
+        shared = self._shared(x, n_parts, max(counts), len(starts))
         cos, sin = (np.ascontiguousarray(table, np.float32) for table in rope)
         arguments = (
             *(plan, shared, self._layers, self._windows, sequences, cos, sin),
-            *(_shapes(len(x)), starts, _NUMBERS, self._ways, self._works),
+            *(_shapes(len(x)), starts, _NUMBERS, _STORED[dtype], self._ways),
         )
-        if self._work is None:
-            self._work = address_of(take_units, *arguments)
-        run_units(*arguments, self._work)
+        if dtype not in self._works:  # other types are always the same
+            works = self._find_works(plan, shared, sequences, dtype)
+            self._works[dtype] = works, address_of(take_units, *arguments, works)
+        run_units(*arguments, *self._works[dtype])
         return shared.x
 
-    def _find_works(self, plan: Plan, shared: Shared, sequences: NDArray[np.int64]) -> Works:
+    def _find_works(self, plan: Plan, shared: Shared, sequences: NDArray[np.int64], dtype: str) -> Works:
         """Compile what units call, and return where it is."""
         own, part = own_of(plan, sequences, _NUMBERS), Part(1, 1, Rows(1, 1, 1))
         entering = plan, shared, own, self._layers[0], 1
         return Works(
-            piece_for("float32", True),
+            piece_for(_STORED[dtype].dtype.name, True),
             address_of(enter_product, *entering, _NUMBERS, self._ways),
             address_of(multiply_unit, *entering, 1, part, part, _NUMBERS, self._ways),
         )
@@ -182,10 +183,10 @@ class ThroughLayers:
             np.float32(math.log2(math.e) / math.sqrt(config.score_dim or config.head_dim)),
         )
 
-    def _shared(self, x: Array, n_parts: int, n_counters: int) -> Shared:
+    def _shared(self, x: Array, n_parts: int, most: int, n_counters: int) -> Shared:
         config, n_new = self._config, len(x)
         group = config.n_heads // config.n_kv_heads
-        tile = max(1, _TILE // group)
+        part_rows = min(most, max(1, _TILE // group))
         width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
         def rows(*shape: int) -> Array:
@@ -201,9 +202,9 @@ class ThroughLayers:
             turned=rows(n_new, config.n_heads, config.head_dim),
             context=rows(n_new, config.n_heads, config.head_dim),
             act=rows(n_new, config.hidden_dim),
-            parts=rows(n_parts * tile, group, config.head_dim),
-            peaks=rows(n_parts, tile * group),
-            totals=rows(n_parts, tile * group),
+            parts=rows(n_parts * part_rows, group, config.head_dim),
+            peaks=rows(n_parts, part_rows * group),
+            totals=rows(n_parts, part_rows * group),
             counters=np.zeros(APART * (n_counters + 1), np.int64),
         )
         shared.x[:] = x

@@ -13,7 +13,7 @@ import pytest
 
 import npllama
 from npllama import ops
-from npllama.cache import KVCache
+from npllama.cache import KVCache, Lanes
 from npllama.checkpoint.quantize import quantize
 from npllama.checkpoint.rope import frequencies
 from npllama.config import Experts
@@ -96,9 +96,9 @@ def quantised_pair(dtypes: tuple[str, ...], **changes: Any) -> tuple[Model, Mode
     return Model(config, weights, FAST, backend="fast"), Model(config, weights, LAYER_BY_LAYER, backend="fast")
 
 
-def fed(model: Model, length: int, capacity: int = 700) -> KVCache:
+def fed(model: Model, length: int, capacity: int = 700, dtype: str = "float32") -> KVCache:
     """Return a cache that holds a prompt of the given length."""
-    cache = model.new_cache(capacity)
+    cache = KVCache(model.config, capacity, dtype)
     model.forward(loud_tokens(model.config, length), cache, last=True)
     return cache
 
@@ -172,6 +172,38 @@ def test_the_bits_of_rounded_inputs_are_those_of_going_layer_by_layer(
         )
         assert_same_bits(a, b)
         assert (a != c).any()
+
+
+@needs_vectors
+@pytest.mark.parametrize("name", ["llama", "odd widths", "normed queries and keys", "windows"])
+@pytest.mark.parametrize(
+    ("activations", "dtypes"),
+    [
+        *(("float32", dtypes) for dtypes in (("bfloat16",), *STORED.values())),
+        *(("bfloat16", dtypes) for dtypes in (("bfloat16",), STORED["mixed"])),
+        *(("int8", (dtype,)) for dtype in ("int8", "int4")),
+    ],
+)
+def test_a_bfloat16_cache_has_the_bits_of_going_layer_by_layer(
+    activations: str, dtypes: tuple[str, ...], name: str
+) -> None:
+    model, _ = quantised_pair(dtypes, **KNOWN[name])
+    run = through_layers_by(PATH, model.weights, model.config, activations=activations)
+    assert run is not None
+    several = {("float32", ("bfloat16",)): MOST, ("bfloat16", ("bfloat16",)): MOST}.get((activations, dtypes), 1)
+    assert_at_once_changes_nothing(model, twins(None, activations), several, length=510, dtype="bfloat16")
+
+
+@needs_vectors
+def test_sequences_with_bfloat16_caches_of_their_own_lengths() -> None:
+    at_once, by_layer = pair()
+    caches = [fed(by_layer, length, dtype="bfloat16") for length in (3, 600, 64)]
+    twins_of_caches = [cache.fork() for cache in caches]
+    new = [[5], [7, 9, 11], [1, 2]]
+    for a, b in zip(at_once.forward_many(new, twins_of_caches), by_layer.forward_many(new, caches), strict=True):
+        assert_same_bits(a, b)
+    for twin, cache in zip(twins_of_caches, caches, strict=True):
+        assert_same_bits(twin.room()[:, :, :, : twin.length], cache.room()[:, :, :, : cache.length])
 
 
 @needs_vectors
@@ -249,13 +281,18 @@ def test_many_tokens_and_caches_of_other_numbers_are_declined() -> None:
     run = through_layers(model.weights, model.config)
     assert run is not None
 
-    def result(n_new: int, cache: KVCache) -> Any:
+    def result(n_new: int, cache: KVCache | Lanes) -> Any:
         x, angles = np.ones((n_new, 64), np.float32), np.ones((n_new, 8), np.float32)
         return run(x, (angles, angles), cache)
 
     assert result(MOST, KVCache(model.config, 32)) is not None
     assert result(MOST + 1, KVCache(model.config, 32)) is None
-    assert result(1, KVCache(model.config, 32, "bfloat16")) is None
+    assert result(1, KVCache(model.config, 32, "bfloat16")) is not None
+    unlike = KVCache(model.config, 32), KVCache(model.config, 32, "bfloat16")
+    assert result(2, Lanes(unlike, (1, 1))) is None
+    double = KVCache(model.config, 32)
+    double.append(0, *np.ones((2, 1, model.config.n_kv_heads, model.config.head_dim)))
+    assert result(1, double) is None
 
 
 def test_plain_loops_go_layer_by_layer() -> None:
@@ -263,14 +300,16 @@ def test_plain_loops_go_layer_by_layer() -> None:
     assert twins("portable")["through_layers"](model.weights, model.config) is None
 
 
-def assert_at_once_changes_nothing(model: Model, known: dict[str, Any], most: int) -> None:
+def assert_at_once_changes_nothing(
+    model: Model, known: dict[str, Any], most: int, *, length: int = 9, dtype: str = "float32"
+) -> None:
     """Compare the logits of several tokens, and then what is in the cache, which nothing rounded behind a product."""
     operations = SimpleNamespace(**{**vars(ops), **known})
     by_layer = SimpleNamespace(**{**vars(operations), "through_layers": ops.through_layers})
     both = [Model(model.config, model.weights, of, backend="fast") for of in (operations, by_layer)]
     assert [one.runs_at_once for one in both] == [True, False]
-    caches = [fed(one, 9) for one in both]
-    for count in (most, 3, 1):
+    caches = [fed(one, length, dtype=dtype) for one in both]
+    for count in (most, min(most, 3), 1):
         new = loud_tokens(model.config, count, seed=count)
         assert_same_bits(*(one.forward(new, cache) for one, cache in zip(both, caches, strict=True)))
     assert_same_bits(*(cache.room()[:, :, :, : cache.length] for cache in caches))
