@@ -80,6 +80,47 @@ def test_attention_with_heads_of_any_width(path: str | None, head_dim: int, n_ne
     assert_close(attending(path).attention(q, keys, values, untapped), truth(q, keys, values))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("head_dim", [22, 64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8])
+def test_few_queries_in_a_cache_with_room_for_more(path: str | None, dtype: type, head_dim: int, group: int) -> None:
+    for n_new, n_past, window in [(1, 0, None), (1, 37, None), (1, 1100, None), (1, 700, 150), (2, 600, 70)]:
+        q, keys, values = qkv(n_new, n_past, (2 * group, 2), head_dim)
+        room = np.full((2, 2, n_new + n_past + 3, head_dim), np.nan, dtype)  # nobody may see what is behind
+        room[:, :, : len(keys)] = np.stack([keys, values]).transpose(0, 2, 1, 3)
+        stored = [part[:, : len(keys)].transpose(1, 0, 2) for part in room]
+        expected = truth(q, *stored, window=window)
+        assert_close(attending(path).attention(q, *stored, untapped, window=window), expected)
+
+
+AT_THE_END = """
+import ctypes, mmap
+import ml_dtypes
+import numpy as np
+from npllama.kernels import attention
+pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.mprotect(ctypes.c_void_p(start + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+for dtype in (np.float32, ml_dtypes.bfloat16):
+    for head_dim in (22, 40, 64):
+        for n_all in (1, 5, 7):
+            size = n_all * head_dim
+            room = np.frombuffer(pages, np.uint8, mmap.PAGESIZE)[-size * np.dtype(dtype).itemsize:].view(dtype)
+            keys = room.reshape(n_all, 1, head_dim)
+            for group in (1, 2, 3):
+                attention(np.ones((1, group, head_dim), np.float32), keys, keys, None)
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected as Linux does it")
+def test_nothing_behind_the_last_position_is_read() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "done\n", done.stderr
+
+
 @pytest.mark.parametrize("n_new", [1, 40])
 def test_scores_are_divided_by_what_is_asked_for(n_new: int) -> None:
     q, keys, values = qkv(n_new, 9, (4, 2), 16)

@@ -6,6 +6,8 @@ import importlib
 import pkgutil
 from typing import Any
 
+import ml_dtypes
+import numba
 import numpy as np
 import pytest
 
@@ -115,6 +117,24 @@ def test_every_kernel_has_the_name_of_an_operation_on_every_path() -> None:
         found = twins(path)
         assert {"linear", "linears", "attention", "attentions", "rms_norm", "glu", "expert_linear"} <= set(found)
         assert all(callable(getattr(ops, name)) for name in found)
+
+
+def test_a_number_is_narrowed_to_the_bits_that_ml_dtypes_makes() -> None:
+    bits = np.random.default_rng(2).integers(0, 1 << 32, 4000, dtype=np.uint32)
+    bits[:8] = [0x7F800001, 0xFFC12345, 0x7F800000, 0x7F7FFFFF, 0x00000001, 0x80018000, 0x3F808000, 0x3F818000]
+    numbers = bits.view(np.float32)
+
+    @numba.njit
+    def narrow(numbers: Array, stored: Array) -> None:
+        for i in range(len(numbers)):
+            stored[i] = jit.narrowed(numbers[i], stored)
+
+    found, same = np.empty(len(bits), np.uint16), np.empty_like(numbers)
+    narrow(numbers, found)
+    narrow(numbers, same)
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.testing.assert_array_equal(found, numbers.astype(ml_dtypes.bfloat16).view(np.uint16))
+    np.testing.assert_array_equal(same.view(np.uint32), bits)
 
 
 def test_exp_is_right_to_float32s_last_bit_and_ends_where_float32_does() -> None:
