@@ -37,10 +37,9 @@ from npllama.kernels.simd_chunks import (
     put_together,
     shrunk_sums_at,
     taken_apart,
-    totals_of,
 )
 from npllama.kernels.simd_quantised import load_floats
-from npllama.kernels.simd_sums import no_sums, store_sums
+from npllama.kernels.simd_sums import no_sums, store_sums, totals_of
 
 _PARTY = 4
 _LANES = 16

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 
 from npllama.kernels.llvm import BYTE, FLOAT_VECTOR, FLOATS, INT_VECTOR, LONG, WORD, call, intrinsic
-from npllama.kernels.simd_sums import _add_floats, _apart, _at, _changed, _halves, _load, _load_splat, _tuple
+from npllama.kernels.simd_sums import _add_floats, _at, _changed, _halves, _tuple, apart, load, load_splat
 
 _LINE, _CHUNK_NUMBERS = 64, 64
 #: Bits of a number -> the LLVM type of a line, and the name of what loads some of it.
@@ -24,8 +24,6 @@ _LINES: dict[int, tuple[Any, str]] = {
     32: (INT_VECTOR, "llvm.masked.load.v16i32.p0"),
     16: (ir.VectorType(ir.IntType(16), 32), "llvm.masked.load.v32i16.p0"),
 }
-#: Sums in the order in which `totals_of` begins, so that it ends with them in order.
-_TREE = (0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15)
 
 
 def _vectors(builder: Any, bits: int, address: Any, seen: Any, ahead: Any) -> list[list[Any]]:
@@ -62,14 +60,14 @@ def inner_chunk(
         tile, _, _, rows, row_bytes, seen, ahead, x = arguments
         changed = [builder.extract_value(tile, i) for i in range(sums.count)]
         chunks = [
-            _vectors(builder, bits, _apart(builder, rows, row_bytes, row), seen, ahead)
+            _vectors(builder, bits, apart(builder, rows, row_bytes, row), seen, ahead)
             for row in range(sums.count // n_queries)
         ]
         at = 0
         for line in range(len(chunks[0])):
             for query in range(n_queries):
                 for part in range(len(chunks[0][0])):
-                    numbers = _load(builder, x, at, INT_VECTOR)
+                    numbers = load(builder, x, at, INT_VECTOR)
                     at += _LINE
                     for row, chunk in enumerate(chunks):
                         i = row * n_queries + query
@@ -91,7 +89,7 @@ def outer_chunk(context: Any, sums: Any, queries: Any, like: Any, row: Any, seen
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile, _, _, row, seen, ahead, weights = arguments
         lines = _vectors(builder, bits, row, seen, ahead)
-        numbers = [_load_splat(builder, weights, i, ir.FloatType()) for i in range(n_queries)]
+        numbers = [load_splat(builder, weights, i, ir.FloatType()) for i in range(n_queries)]
         n_parts = len(lines[0])
 
         def change(i: int, total: Any) -> Any:
@@ -113,44 +111,14 @@ def shrunk_sums_at(context: Any, like: Any, address: Any, count: Any, queries: A
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, address, _, _, factors = arguments
-        numbers = [_load_splat(builder, factors, i, ir.FloatType()) for i in range(n_queries)]
+        numbers = [load_splat(builder, factors, i, ir.FloatType()) for i in range(n_queries)]
         vectors = [
-            builder.fmul(_load(builder, address, _LINE * i, FLOAT_VECTOR), numbers[i // n_parts % n_queries])
+            builder.fmul(load(builder, address, _LINE * i, FLOAT_VECTOR), numbers[i // n_parts % n_queries])
             for i in range(kind.count)
         ]
         return context.make_tuple(builder, kind, vectors)
 
     return kind(like, types.int64, count, queries, types.int64), code
-
-
-@intrinsic
-def totals_of(context: Any, sums: Any) -> Any:
-    """``totals_of(sums)``: the sums of the lanes of sixteen float32 vectors, as the lanes of one.
-
-    Notes
-    -----
-    Each round adds the halves of what is left of a sum, and two sums then share a vector: 8 lanes each, 4, 2 and 1. The
-    first rounds move quarters of a vector, the others numbers within a quarter; nothing moves numbers across quarters,
-    which would take another register to say where to. VSHUFF64X2, VSHUFPS, VADDPS.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors = [builder.extract_value(arguments[0], i) for i in _TREE]
-        for half in (8, 4, 2, 1):
-            places = _halves_of_two(half)
-            low, high = (ir.Constant(INT_VECTOR, [place + more for place in places]) for more in (0, half))
-            pairs = zip(vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :], strict=True)
-            vectors = [builder.fadd(*(builder.shuffle_vector(*pair, lanes) for lanes in (low, high))) for pair in pairs]
-        return vectors[0]
-
-    return FLOATS(sums), code
-
-
-def _halves_of_two(half: int) -> list[int]:
-    """Return every other ``half`` of two vectors' lanes: of the whole vectors, or in each quarter of both."""
-    span = 16 if half >= 4 else 4
-    own = [[start + lane + half * (lane // half) for lane in range(span // 2)] for start in range(0, 16, span)]
-    return [place for part in own for place in (*part, *(16 + place for place in part))]
 
 
 @intrinsic(prefer_literal=True)
