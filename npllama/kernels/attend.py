@@ -197,7 +197,9 @@ def _attend(
     group = q.shape[1] // n_kv_heads
     tile = max(1, _TILE // group)
     pieces, n_parts = _pieces(table, n_kv_heads, tile, window)
-    rows = min(tile, table[:, _COUNT].max())
+    rows = 0
+    for i in range(len(table)):
+        rows = max(rows, min(tile, table[i, _COUNT]))
     parts = np.empty((n_parts * rows, group, q.shape[2]), np.float32)
     peaks, totals = np.empty((n_parts, rows * group), np.float32), np.empty((n_parts, rows * group), np.float32)
     for i in prange(len(pieces)):

@@ -1,7 +1,7 @@
 """One piece of attention for a few queries, as in decoding: keys and values stream by from memory, and are read once.
 
 See `npllama.kernels.attend_piece` for what a piece is, and how the softmax is done along the way. In vector registers,
-queries go through a block of keys in **parties** of four, two or one. Of as many keys as make sixteen scores with a
+queries go through a block of keys in **parties** of four, or alone. Of as many keys as make sixteen scores with a
 party, the sums of all stay in registers (`npllama.kernels.simd_chunks`), and so do those of its queries over the values
 of a block, 64 numbers of a head at a time. A vector of scores is those of a key for each query, then those of the next
 key: a lane belongs to one query throughout.
@@ -106,7 +106,10 @@ def _attend_in_parties(
     own, n_parties = 2 * _PARTY * width + _STATE, (n_queries + _PARTY - 1) // _PARTY
     room = aligned(n_parties * own + _BLOCK * _PARTY + _LANES * width + width, q)
     parties, padded = room[: n_parties * own].reshape(n_parties, own), room[len(room) - width :]
-    parties[:], parties[:, -_STATE : _LANES - _STATE], padded[:] = _ZERO, _LOWEST, _ZERO
+    room[:] = _ZERO
+    for p in range(n_parties):
+        for lane in range(_LANES):
+            parties[p, own - _STATE + lane] = _LOWEST
     address = np.int64(room.ctypes.data)
     shared = address + 4 * n_parties * own
     for m in range(n_queries):
@@ -120,17 +123,15 @@ def _attend_in_parties(
             party = Party(first, head_dim, queries, sums, state, shared, shared + 4 * _BLOCK * _PARTY)
             if size == 4:
                 _pass_block(4, 16, piece, like, start, party)
-            elif size == 2:
-                _pass_block(2, 8, piece, like, start, party)
             else:
                 _pass_block(1, 4, piece, like, start, party)
     highest, totals = np.empty(n_queries, np.float32), np.empty(n_queries, np.float32)
     for m in range(n_queries):
-        party, query, size = parties[m // _PARTY], m % _PARTY, _size_of(n_queries, m)
-        highest[m], totals[m] = party[own - _STATE + query], _ZERO
+        p, query, size = m // _PARTY, m % _PARTY, _size_of(n_queries, m)
+        highest[m], totals[m] = parties[p, own - _STATE + query], _ZERO
         for lane in range(query, _LANES, size):
-            totals[m] += party[own - _STATE + _LANES + lane]
-        sums, part = address + 4 * own * (m // _PARTY) + 4 * _PARTY * width, _ONE / totals[m]
+            totals[m] += parties[p, own - _STATE + _LANES + lane]
+        sums, part = address + 4 * own * p + 4 * _PARTY * width, _ONE / totals[m]
         _read_lines(sums, query, size, like, padded)
         for d in range(head_dim):
             context[row + m // piece.group, head + m % piece.group, d] = padded[d] * part
@@ -140,8 +141,7 @@ def _attend_in_parties(
 @compiled(inline=True)
 def _size_of(n_queries: int, m: int) -> int:
     """Return with how many queries the party of query m goes through the keys; those that are too many are zeros."""
-    left = n_queries - m // _PARTY * _PARTY
-    return _PARTY if left > 2 else left
+    return 1 if n_queries - m // _PARTY * _PARTY == 1 else _PARTY
 
 
 @compiled()
@@ -183,13 +183,8 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
     ahead = max(1, _EARLY // (party.head_dim * like.itemsize)) * piece.stride
     _score(size, piece, like, piece.keys + offset, n_keys, ahead, party)
     n_scores = (n_keys * size + _LANES - 1) // _LANES * _LANES
-    for query in range(size):
-        begin, end = _seen(piece, party.first + query, start)
-        for s in range(begin):
-            store_one(party.scores, 4 * (s * size + query), _HIDDEN)
-        for s in range(end, n_scores // size):
-            store_one(party.scores, 4 * (s * size + query), _HIDDEN)
-    _weigh(size, n_scores, party)
+    _hide(np.int64(size), n_scores, piece, start, party)
+    _weigh(np.int64(size), n_scores, party)
     _add_values(size, n_sums, piece, like, piece.values + offset, n_keys, ahead, party)
 
 
@@ -228,7 +223,18 @@ def _there(count: int) -> Any:
     return np.int64(-1) if count >= _CHUNK else (np.int64(1) << count) - 1
 
 
-@compiled(inline=True)
+@compiled()
+def _hide(size: int, n_scores: int, piece: Piece, start: int, party: Party) -> None:
+    """Set the scores of keys that a party's query does not see to -inf."""
+    for query in range(size):
+        begin, end = _seen(piece, party.first + query, start)
+        for s in range(begin):
+            store_one(party.scores, 4 * (s * size + query), _HIDDEN)
+        for s in range(end, n_scores // size):
+            store_one(party.scores, 4 * (s * size + query), _HIDDEN)
+
+
+@compiled()
 def _weigh(size: int, n_scores: int, party: Party) -> None:
     """Turn a party's scores into weights, and bring its state up to date."""
     before = load_floats(party.state, 0)
@@ -237,9 +243,8 @@ def _weigh(size: int, n_scores: int, party: Party) -> None:
         peak = maximum(load_floats(party.scores, at), peak)
     peak = maximum(exchanged(peak, 8), peak)
     peak = maximum(exchanged(peak, 4), peak)
-    if size <= 2:
-        peak = maximum(exchanged(peak, 2), peak)
     if size == 1:
+        peak = maximum(exchanged(peak, 2), peak)
         peak = maximum(exchanged(peak, 1), peak)
     minus_peak = multiply(peak, broadcast(-_ONE))
     shrunk = _exp2_lanes(add(before, minus_peak))

@@ -51,8 +51,8 @@ _CHUNK = 1 << 14
 _EARLY = 1 << 14
 #: Rows of a band, and its sums with so many tokens, see `npllama.kernels.byte_tokens.tokens_of`.
 _BAND = 2
-_ONE, _TWO, _FOUR, _EIGHT = 1, 2, 4, 8
-_SUMS_OF_ONE, _SUMS_OF_TWO, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = 2, 4, 8, 16
+_ONE, _FOUR, _EIGHT = 1, 4, 8
+_SUMS_OF_ONE, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = 2, 8, 16
 
 
 class Rows(NamedTuple):
@@ -266,8 +266,6 @@ def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any, count: 
     """Add a chunk's products to the sums, or begin them with those of the first chunk."""
     if count == _ONE:
         _add(_ONE, _SUMS_OF_ONE, chunk, tokens, is_int4, places)
-    elif count == _TWO:
-        _add(_TWO, _SUMS_OF_TWO, chunk, tokens, is_int4, places)
     elif count == _FOUR:
         _add(_FOUR, _SUMS_OF_FOUR, chunk, tokens, is_int4, places)
     else:

@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
 @compiled()
 def tokens_of(n_new: int) -> int:
     """Return with how many tokens rows are multiplied where a party has ``n_new``: the others are zeros."""
-    return n_new if n_new <= 2 else 4 if n_new <= 4 else PARTY
+    return 1 if n_new == 1 else 4 if n_new <= 4 else PARTY
 
 
 @compiled(inline=True)

@@ -149,11 +149,9 @@ def _steps(needs: Needs) -> tuple[Sequence[Step], Sequence[Step]]:
         (lambda: ops.glu(square, square, "silu")) if needs.gated else (lambda: ops.activate(square, "silu")),
         lambda: ops.softmax(square),
     )
-    shared: tuple[Step, ...] = (
-        lambda: attend(1),
-        *([lambda: _through_one_layer(ops, stored)] if needs.at_once else ()),
-    )
-    return mine, shared
+    if needs.at_once:  # which compiles most of attention, too, and early
+        return (*mine, lambda: attend(1)), (lambda: _through_one_layer(ops, stored),)
+    return mine, (lambda: attend(1),)
 
 
 def _through_one_layer(ops: Any, stored: Callable[..., Tensor]) -> None:
