@@ -8,13 +8,13 @@ from functools import partial
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import byte_rows, quantised_tiles, tile_blocks, tiles
 from npllama.kernels.byte_tokens import EXACT
-from npllama.kernels.filled import multiply_filled_up
+from npllama.kernels.filled import are_large, multiply_filled_up
 from npllama.kernels.rounded import rounded
 
 #: Tokens of a panel: up to so many, reading the weights from memory is all that takes time.
 _FEW = tiles._TILE
 #: The least M and N that the tiles take.
-_ROWS, _NUMBERS = tiles._BLOCK, tiles._STEP
+_LEAST = tiles._BLOCK, tiles._STEP
 
 
 def multiply_bfloat16(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
@@ -28,7 +28,7 @@ def multiply_bfloat16(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arr
     outputs : sequence of ndarray of shape (T, M), float32
     """
     product = tiles.multiply if len(x) <= _FEW else partial(tile_blocks.multiply, parts=3)
-    multiply_filled_up(product, x, weights, outputs, (_ROWS, _NUMBERS))
+    multiply_filled_up(product, x, weights, outputs, _LEAST)
 
 
 def multiply_quantised(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
@@ -36,7 +36,7 @@ def multiply_quantised(x: Array, weights: Sequence[Tensor], outputs: Sequence[Ar
     if len(x) == 1:
         multiply_filled_up(byte_rows.multiply, x, weights, outputs, (byte_rows.BLOCK, 0), EXACT)
     else:
-        multiply_filled_up(quantised_tiles.multiply, x, weights, outputs, (_ROWS, 0))
+        multiply_filled_up(quantised_tiles.multiply, x, weights, outputs, (_LEAST[0], 0))
 
 
 def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
@@ -45,13 +45,9 @@ def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arra
     Many tokens take a third of the time then. Integer weights that are multiplied by more than 16 tokens are rounded
     to bfloat16, too.
     """
-    if len(x) > _FEW and _are_large(weights):
+    if len(x) > _FEW and are_large(weights, _LEAST):
         tile_blocks.multiply(x, weights, outputs, parts=1)
     elif weights[0].dtype == "bfloat16":
         multiply_bfloat16(rounded(x), weights, outputs)
     else:
         multiply_quantised(rounded(x), weights, outputs)
-
-
-def _are_large(weights: Sequence[Tensor]) -> bool:
-    return weights[0].shape[1] >= _NUMBERS and min(weight.shape[0] for weight in weights) >= _ROWS

@@ -7,9 +7,14 @@ exact (Intel VNNI); a float32 multiplication by ``scale · step`` then adds the 
 to float32, which is what lets a core keep up with its memory.
 
 The instruction wants one operand unsigned. int8 weights are so, taken 128 larger than they are, for the highest digit;
-for the others the digits are. int4 is stored unsigned, and taken 8 larger than what lies around zero. What that adds,
-128 or 8 times the sum of the digits, is known before any weight is: each lane begins with its negative. For int4 there
-remains ``(minimum + 8 scale) · sum of the token's group``, with which the row's sum begins.
+for the others the digits are. int4 is stored unsigned. What belongs to no single weight is known before any is, and
+sums begin with it. With one digit it is the row's sum that does, in float32, summed over the groups::
+
+    int8:  - 128 scale · sum of the token's group          int4:  minimum · sum of the token's group
+
+With three digits that would cost the last bits. So the sum of a line begins, lane by lane and exactly, with -128 times
+the highest digits, or with -8 times the integers; of int4, which then lies around zero, there remains
+``(minimum + 8 scale) · sum of the token's group`` for the row's sum.
 
 Some rows, a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that a line which was loaded is
 multiplied several times. Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
@@ -30,13 +35,14 @@ import numpy as np
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.by_address import address_of
-from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes, tokens_of
+from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_bytes import inner_bytes, inner_nibbles
 from npllama.kernels.simd_quantised import load_first_bfloat16, load_floats, load_half
 from npllama.kernels.simd_sums import add_products_at, no_sums, store_sums, store_totals, sums_at
+from npllama.kernels.vector_rows import tokens_of
 
 #: Tokens at most.
 FEW = 16
@@ -49,7 +55,7 @@ _LINE = 64
 _CHUNK = 1 << 14
 #: How many bytes before its turn a line is fetched where a row is one chunk: four pages.
 _EARLY = 1 << 14
-#: Rows of a band, and its sums with so many tokens, see `npllama.kernels.byte_tokens.tokens_of`.
+#: Rows of a band, and its sums with so many tokens, see `npllama.kernels.vector_rows.tokens_of`.
 _BAND = 2
 _ONE, _FOUR, _EIGHT = 1, 4, 8
 _SUMS_OF_ONE, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = 2, 8, 16
@@ -75,8 +81,8 @@ class Chunk(NamedTuple):
     last : int
         Address of a line for each row, one after the other, that is multiplied behind the chunk's; 0 where there is
         none.
-    x, x_line : int
-        What the party is to the chunk's first line, and the bytes from there to the next one.
+    x : int
+        What the party is to the chunk's first line.
     sums, factors : int
         Addresses of 16 float32 for each row and token, and of room for ``scale · step`` of a band.
     coming, coming_row, coming_line : int
@@ -90,7 +96,6 @@ class Chunk(NamedTuple):
     n_here: int
     last: int
     x: int
-    x_line: int
     sums: int
     factors: int
     coming: int
@@ -249,7 +254,6 @@ def _multiply_party(
             end - first,
             last if is_last else np.int64(0),
             tokens.lines + start * x_line,
-            x_line,
             sums,
             factors,
             coming,
@@ -276,7 +280,7 @@ def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any, count: 
 def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any) -> None:
     """Do `_add_chunk` for literally so many tokens, and sums of a band."""
     pitch = (chunk.n_here + _LANES) // _LANES * _LANES * 4
-    data_row = (GROUP // 2 if is_int4 else GROUP) * chunk.groups
+    data_row, x_line = (GROUP // 2 if is_int4 else GROUP) * chunk.groups, count * line_bytes(is_int4, places)
     n_lines = chunk.n_here // 2 if is_int4 else chunk.n_here
     for r in range(0, BLOCK, _BAND):
         rows, sums = rows_at(chunk.rows, r, chunk.groups, is_int4), chunk.sums + r * count * _LINE
@@ -292,20 +296,25 @@ def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool, p
         coming = chunk.coming + r * data_row
         if is_int4:
             for n in range(n_lines):
-                for i in range(_BAND):
-                    simd.prefetch(coming + i * chunk.coming_row, n * chunk.coming_line)
-                x, factors = chunk.x + n * chunk.x_line, chunk.factors + 8 * n
+                _fetch(chunk, coming, n)
+                x, factors = chunk.x + n * x_line, chunk.factors + 8 * n
                 tile = inner_nibbles(tile, _BAND, places, data + _LINE * n, data_row, x, factors, pitch)
             if chunk.last > 0:
-                x, factors = chunk.x + n_lines * chunk.x_line, chunk.factors + 8 * n_lines
+                x, factors = chunk.x + n_lines * x_line, chunk.factors + 8 * n_lines
                 tile = inner_nibbles(tile, _BAND, places, chunk.last + r * _LINE, _LINE, x, factors, pitch)
         else:
             for n in range(n_lines):
-                for i in range(_BAND):
-                    simd.prefetch(coming + i * chunk.coming_row, n * chunk.coming_line)
-                x, factors = chunk.x + n * chunk.x_line, chunk.factors + 4 * n
+                _fetch(chunk, coming, n)
+                x, factors = chunk.x + n * x_line, chunk.factors + 4 * n
                 tile = inner_bytes(tile, _BAND, places, data + _LINE * n, data_row, x, factors, pitch)
         store_sums(sums, tile)
+
+
+@compiled(inline=True)
+def _fetch(chunk: Chunk, coming: int, line: int) -> None:
+    """Fetch a line of each row of the band that comes."""
+    for row in range(_BAND):
+        simd.prefetch(coming + row * chunk.coming_row, line * chunk.coming_line)
 
 
 @compiled(inline=True)
@@ -319,12 +328,10 @@ def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
 
 @compiled(inline=True)
 def _begin(count: int, row: Rows, groups: int, tokens: Tokens, is_int4: bool, places: Any) -> Any:
-    """Return what the sums of a row and literally so many tokens begin with.
-
-    That is what the minima come to, and what belongs to no single weight and not to the digits either.
-    """
-    sums = no_sums(count)
-    offset = simd.broadcast(np.float32((0 if is_int4 else -128) if len(places) == 1 else (8 if is_int4 else 0)))
+    """Return what the sums of a row and literally so many tokens begin with, see above."""
+    sums, offset = no_sums(count), simd.broadcast(np.float32(8 if is_int4 else 0))
+    if len(places) == 1:
+        offset = simd.broadcast(np.float32(0 if is_int4 else -128))
     if is_int4 or len(places) == 1:
         for g in range(0, groups, _LANES):
             shared = simd.multiply(_bfloat16_at(row.scales + 2 * g, groups - g), offset)

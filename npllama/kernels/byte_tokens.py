@@ -10,8 +10,8 @@ takes to round tokens to int8, see `npllama.rounding`.
 
 Weights come in lines of 64 bytes: a group of int8, or two groups of int4. What a token is to a line lies together: its
 digits, the highest first, and with three of them what the sums of the line's products begin with
-(`npllama.kernels.byte_rows` says why).
-Up to eight tokens are a **party**; those of a party follow one another, line by line.
+(`npllama.kernels.byte_rows` says why). Up to eight tokens are a **party**; those of a party follow one another, line by
+line.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from npllama.kernels.digits import integers_of
 from npllama.kernels.jit import compiled
 from npllama.kernels.rounded import int8_step
 from npllama.kernels.simd_quantised import shift_right, store_low_bytes, subtract
+from npllama.kernels.vector_rows import tokens_of
 
 #: What the digits of a token count. How many there are is what compiled functions are compiled for.
 EXACT, ROUNDED = (65536, 256, 1), (1,)
@@ -56,12 +57,6 @@ class Tokens(NamedTuple):
     steps: int
     sums: int
     pitch: int
-
-
-@compiled()
-def tokens_of(n_new: int) -> int:
-    """Return with how many tokens rows are multiplied where a party has ``n_new``: the others are zeros."""
-    return 1 if n_new == 1 else 4 if n_new <= 4 else PARTY
 
 
 @compiled(inline=True)

@@ -10,6 +10,11 @@ import numpy as np
 from npllama.dtypes import Array, Tensor
 
 
+def are_large(weights: Sequence[Tensor], least: tuple[int, int]) -> bool:
+    """Return whether all weights, which share N, have at least so large an M and N."""
+    return weights[0].shape[1] >= least[1] and all(weight.shape[0] >= least[0] for weight in weights)
+
+
 def multiply_filled_up(
     product: Callable[..., None],
     x: Array,
@@ -33,7 +38,7 @@ def multiply_filled_up(
         Handed on.
     """
     rows, width = least
-    if x.shape[1] >= width and all(weight.shape[0] >= rows for weight in weights):
+    if are_large(weights, least):
         product(x, weights, outputs, *how)
         return
 

@@ -1,4 +1,4 @@
-"""Products of a few tokens that are rounded to int8."""
+"""Products of a few tokens by dot products of bytes, exact and with tokens rounded to int8."""
 
 from __future__ import annotations
 
@@ -29,13 +29,18 @@ def stored(values: Array, dtype: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", PACKINGS)
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (35, 64), (20, 65), (16, 576), (50, 1100), (33, 2100)])
-def test_products_are_those_of_the_rounded_tokens_and_each_is_what_it_is_alone(dtype: str, m: int, n: int) -> None:
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (35, 64), (20, 65), (16, 576), (50, 1100), (33, 2100), (18, 8300)])
+def test_few_tokens_are_what_float64_says_and_each_is_what_it_is_alone(
+    activations: str, dtype: str, m: int, n: int
+) -> None:
+    """The widest rows are more than one chunk of any number of tokens."""
     x, weight = normal(FEW, n), stored(normal(m, n, seed=1), dtype)
-    product = products(PATH, "int8")
+    product = products(PATH, activations)
+    entering = rounded_to_int8(x) if activations == "int8" else x
     alone = np.concatenate([product.linear(x[t : t + 1], weight) for t in range(FEW)])
     numbers = weight.numbers(to=np.float64)
-    error = alone - rounded_to_int8(x).astype(np.float64) @ numbers.T
+    error = alone - entering.astype(np.float64) @ numbers.T
     size = (x.astype(np.float64) ** 2).sum() * (numbers**2).mean() * m
     assert (error**2).sum() < 1e-12 * size
     for count in range(2, FEW + 1):
