@@ -289,8 +289,7 @@ def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool, p
             tile = sums_at(sums, n_sums)
         else:
             _fetch_scales(rows_at(chunk.ahead, r, chunk.groups, is_int4), chunk.groups, is_int4)
-            above = _begin(count, rows, chunk.groups, tokens, is_int4, places)
-            tile = above + _begin(count, rows_at(rows, 1, chunk.groups, is_int4), chunk.groups, tokens, is_int4, places)
+            tile = _begin(n_sums, rows, chunk.groups, tokens, is_int4, places)
         _weigh(count, rows.scales, chunk, tokens, pitch)
         data = rows.data + (chunk.first // 2 if is_int4 else chunk.first) * _LINE
         coming = chunk.coming + r * data_row
@@ -327,18 +326,26 @@ def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
 
 
 @compiled(inline=True)
-def _begin(count: int, row: Rows, groups: int, tokens: Tokens, is_int4: bool, places: Any) -> Any:
-    """Return what the sums of a row and literally so many tokens begin with, see above."""
-    sums, offset = no_sums(count), simd.broadcast(np.float32(8 if is_int4 else 0))
+def _begin(n_sums: int, rows: Rows, groups: int, tokens: Tokens, is_int4: bool, places: Any) -> Any:
+    """Return what literally so many sums of a band begin with, see above."""
+    sums, offset = no_sums(n_sums), simd.broadcast(np.float32(8 if is_int4 else 0))
     if len(places) == 1:
         offset = simd.broadcast(np.float32(0 if is_int4 else -128))
     if is_int4 or len(places) == 1:
         for g in range(0, groups, _LANES):
-            shared = simd.multiply(_bfloat16_at(row.scales + 2 * g, groups - g), offset)
-            if is_int4:
-                shared = simd.add(shared, _bfloat16_at(row.minima + 2 * g, groups - g))
+            shared = (
+                _shared(rows, g, groups, is_int4, offset),
+                _shared(rows_at(rows, 1, groups, is_int4), g, groups, is_int4, offset),
+            )
             sums = add_products_at(sums, shared, tokens.sums + 4 * g, tokens.pitch)
     return sums
+
+
+@compiled()
+def _shared(row: Rows, first: int, groups: int, is_int4: bool, offset: Any) -> Any:
+    """Return ``minimum + offset · scale`` of sixteen groups of a row, zeros where it has no more."""
+    shared = simd.multiply(_bfloat16_at(row.scales + 2 * first, groups - first), offset)
+    return simd.add(shared, _bfloat16_at(row.minima + 2 * first, groups - first)) if is_int4 else shared
 
 
 @compiled(inline=True)

@@ -325,19 +325,26 @@ def inner_lines(context: Any, sums: Any, rows: Any, kind: Any, weights: Any, row
 
 
 @intrinsic
-def add_products_at(context: Any, sums: Any, vector: Any, address: Any, pitch: Any) -> Any:
-    """``add_products_at(sums, vector, address, pitch)``: add a vector times those in memory, ``pitch`` bytes apart."""
+def add_products_at(context: Any, sums: Any, vectors: Any, address: Any, pitch: Any) -> Any:
+    """``add_products_at(sums, vectors, address, pitch)``: add a vector of each row times one of each token.
+
+    The rows' vectors are a tuple, the tokens' lie in memory, ``pitch`` bytes apart. The sums of a row are those of each
+    token in turn. VFMADD231PS.
+    """
+    n_tokens = sums.count // vectors.count
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, vector, address, pitch = arguments
+        tile, vectors, address, pitch = arguments
+        others = [load(builder, apart(builder, address, pitch, t), 0, FLOAT_VECTOR) for t in range(n_tokens)]
 
-        def change(t: int, total: Any) -> Any:
-            other = load(builder, apart(builder, address, pitch, t), 0, FLOAT_VECTOR)
-            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, other, total)
+        def change(i: int, total: Any) -> Any:
+            row, token = divmod(i, n_tokens)
+            vector = builder.extract_value(vectors, row)
+            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, others[token], total)
 
         return _changed(context, builder, sums, tile, change)
 
-    return sums(sums, FLOATS, types.int64, types.int64), code
+    return sums(sums, vectors, types.int64, types.int64), code
 
 
 def apart(builder: Any, address: Any, pitch: Any, number: int) -> Any:
