@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.config import ModelConfig
-from npllama.dtypes import Array
+from npllama.dtypes import Array, bfloat16
 from npllama.errors import ContextOverflowError, ParameterError
 
-_DTYPES = ("float32", "bfloat16")
+#: What a `KVCache` can keep keys and values in.
+CACHE_DTYPES = ("float32", "bfloat16")
 
 
 class KVCache:
@@ -63,8 +64,8 @@ class KVCache:
                 f"a cache of {capacity} positions was asked for, but the model's context is {config.max_seq_len}",
                 remedy="Shorten the prompt or ask for fewer new tokens.",
             )
-        if dtype not in _DTYPES:
-            raise ParameterError(f"the cache's dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+        if dtype not in CACHE_DTYPES:
+            raise ParameterError(f"the cache's dtype is {dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
         self.capacity = capacity
         self.length = 0
         self.dtype = dtype
@@ -146,9 +147,7 @@ class KVCache:
     def _room(self, appended: np.dtype[Any]) -> Array:
         """Return zeros for all positions."""
         if self.dtype == "bfloat16":
-            import ml_dtypes
-
-            appended = np.dtype(ml_dtypes.bfloat16)
+            appended = bfloat16()
         config = self._config
         return np.zeros((2, config.n_layers, config.n_kv_heads, self.capacity, config.head_dim), appended)
 

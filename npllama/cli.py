@@ -331,6 +331,7 @@ def _perplexity(command: argparse.ArgumentParser) -> None:
     add("file", metavar="FILE", help="text file in UTF-8; - for stdin")
     add("--context", type=_positive, metavar="N",
         help="window in tokens (default: 512, or the model's context if shorter)")  # fmt: skip
+    _add_cache(command)
     _add_engine(command)
     _add_json(command)
 

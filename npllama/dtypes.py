@@ -144,11 +144,17 @@ def narrow(values: Array, dtype: str) -> Array:
         if dtype == "float32":
             return values.astype(np.float32, copy=False)
         if dtype == "bfloat16":
-            import ml_dtypes
-
-            bits: Array = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+            bits: Array = values.astype(bfloat16()).view(np.uint16)
             return bits
     raise UnsupportedError(f"weights cannot be stored as {dtype}", remedy="Choose bf16, f32, int8 or int4.")
+
+
+def bfloat16() -> np.dtype[Any]:
+    """Return bfloat16 as NumPy knows it from ml_dtypes, which is imported only where it is needed."""
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 def cast(values: Array, source: str, target: str) -> Array:

@@ -30,6 +30,8 @@ class Model:
         Threads that do its work: Numba's with the fast backend, BLAS's with the others.
     activations : str
         What the inputs of its products are rounded to, see `npllama.rounding`; "float32" is not at all.
+    cache_dtype : str
+        How the caches that it makes keep keys and values, see `npllama.cache.KVCache`.
     tokenizer : Tokenizer or None
         None for a store that takes and gives token ids only.
     notice : str or None
@@ -48,6 +50,7 @@ class Model:
         dtype: np.dtype[Any] | type = np.float32,
         threads: int = 1,
         activations: str = "float32",
+        cache_dtype: str = "float32",
         tokenizer: Any = None,
         notice: str | None = None,
     ) -> None:
@@ -56,6 +59,7 @@ class Model:
         self.backend = backend
         self.threads = threads
         self.activations = activations
+        self.cache_dtype = cache_dtype
         self.tokenizer = tokenizer
         self.notice = notice
         self.recorder: Recorder | None = None
@@ -65,7 +69,7 @@ class Model:
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty cache for this model with room for ``capacity`` positions."""
-        return KVCache(self.config, capacity)
+        return KVCache(self.config, capacity, self.cache_dtype)
 
     @property
     def runs_at_once(self) -> bool:

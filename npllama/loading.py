@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from npllama import ops
+from npllama.cache import CACHE_DTYPES
 from npllama.checkpoint.store import Store
 from npllama.engine import Model
 from npllama.errors import BackendError, ParameterError
@@ -30,6 +31,7 @@ def load(
     threads: int | None = None,
     kernels: str | None = None,
     activations: str = "float32",
+    cache_dtype: str = "float32",
     special_tokens: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Model:
@@ -51,6 +53,9 @@ def load(
         for it. Where that is a matrix unit, integer weights are then rounded to bfloat16, too, if more than 16 tokens
         meet them. int8, in groups of 64, is what other engines multiply integer weights by: two to three times as fast
         with AVX-512. It costs more, and leaves all weights as they are.
+    cache_dtype : {"float32", "bfloat16"}
+        How the model's caches keep keys and values. bfloat16 takes half the memory, and a long text goes faster. A
+        `npllama.KVCache` of your own may differ; what it needs is then compiled when it is first used.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
     progress : callable, optional
@@ -64,7 +69,8 @@ def load(
     Raises
     ------
     NpllamaError
-        The folder is not a complete store, the backend is unknown or cannot run here, or the tokenizer does not fit.
+        The folder is not a complete store, the backend is unknown or cannot run here, a dtype is none of those above,
+        or the tokenizer does not fit.
     """
     if backend not in BACKENDS:
         raise ParameterError(f"the backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
@@ -74,6 +80,8 @@ def load(
         raise ParameterError(f"kernels were chosen ({kernels!r}), but the backend is {backend!r}, which has none")
     if activations not in ACTIVATIONS:
         raise ParameterError(f"the activations are {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ParameterError(f"the cache's dtype is {cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
     if activations != "float32" and backend == "float64":
         raise ParameterError(f"activations were rounded to {activations}, but the float64 backend is the truth")
     operations: Any = ops
@@ -94,6 +102,7 @@ def load(
         dtype=np.float64 if backend == "float64" else np.float32,
         threads=count,
         activations=activations,
+        cache_dtype=cache_dtype,
         tokenizer=tokenizer,
         notice=_notice(store),
     )
@@ -106,6 +115,7 @@ def load(
             weights.output.dtype,
             kernels,
             activations,
+            cache_dtype,
             layer_norm=store.config.norm == "layer",
             gated=store.config.gated,
             at_once=model.runs_at_once,

@@ -50,6 +50,33 @@ def test_an_unknown_backend_names_the_known_ones(store: Path) -> None:
         npllama.load(store, backend="gpu")
 
 
+@pytest.mark.parametrize("backend", ["fast", "numpy"])
+@pytest.mark.parametrize(("options", "dtype"), [({}, "float32"), ({"cache_dtype": "bfloat16"}, "bfloat16")])
+def test_caches_are_of_the_dtype_that_was_asked_for(
+    store: Path, backend: str, options: dict[str, str], dtype: str
+) -> None:
+    model = npllama.load(store, backend=backend, **options)
+    cache = model.new_cache(4)
+    assert cache.dtype == model.cache_dtype == dtype
+    model.forward([1, 2], cache)
+    assert cache.nbytes == 2 * CONFIG.n_layers * 4 * CONFIG.n_kv_heads * CONFIG.head_dim * (2 if options else 4)
+
+
+def test_an_unknown_cache_dtype_names_the_known_ones(store: Path) -> None:
+    with pytest.raises(ParameterError, match=r"'int4', expected one of float32, bfloat16"):
+        npllama.load(store, backend="numpy", cache_dtype="int4")
+
+
+def test_what_a_cache_needs_is_compiled_by_loading(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from npllama.kernels import warmup
+
+    asked: list[warmup.Needs] = []
+    monkeypatch.setattr(warmup, "compile_kernels", lambda needs, progress: asked.append(needs))
+    npllama.load(store, cache_dtype="bfloat16")
+    npllama.load(store)
+    assert [needs.cache_dtype for needs in asked] == ["bfloat16", "float32"]
+
+
 def test_the_fast_backend_without_numba_says_which_one_runs(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("npllama.kernels")]:
         monkeypatch.delitem(sys.modules, name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from npllama.checkpoint.quantize import quantize
 from npllama.commands.console import Progress, human, per_second, print_json, print_table
-from npllama.commands.engine import CACHE_DTYPES, load_model
+from npllama.commands.engine import load_model
 from npllama.dtypes import PACKINGS, Tensor, narrow
 from npllama.engine import Model
 from npllama.generation.bench import Limits, Speed, bench
@@ -32,13 +32,12 @@ def run(options: argparse.Namespace) -> int:
             decode=options.decode,
             rounds=options.rounds,
             batch=options.batch,
-            cache_dtype=CACHE_DTYPES[options.cache_dtype],
             limits=limits,
             progress=progress,
         )
     engine = {"threads": model.threads, "backend": model.backend, "activations": model.activations}
     if options.json:
-        print_json({**asdict(speed), **engine, "cache_dtype": CACHE_DTYPES[options.cache_dtype]})
+        print_json({**asdict(speed), **engine, "cache_dtype": model.cache_dtype})
         return 0
     print_table(("phase", "tokens", "speed", "rate", "share of the limit"), _rows(speed))
     if speed.batch > 1:

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from npllama.commands.console import notice
-from npllama.commands.engine import CACHE_DTYPES, load_model, sampling_settings, tell_if_outgrown
+from npllama.commands.engine import load_model, sampling_settings, tell_if_outgrown
 from npllama.engine import Model
 from npllama.errors import ContextOverflowError
 from npllama.generation.conversation import Conversation
@@ -41,8 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _begin(model: Model, options: argparse.Namespace) -> Conversation:
     capacity = options.context or min(_DEFAULT_CONTEXT, model.config.max_seq_len)
-    dtype = CACHE_DTYPES[options.cache_dtype]
-    return Conversation(model, system=options.system, capacity=capacity, cache_dtype=dtype)
+    return Conversation(model, system=options.system, capacity=capacity)
 
 
 def _is_interactive() -> bool:

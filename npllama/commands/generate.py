@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 from npllama.commands.console import notice, per_second, print_json, visible
-from npllama.commands.engine import CACHE_DTYPES, load_model, read_text, sampling_settings, tell_if_outgrown
+from npllama.commands.engine import load_model, read_text, sampling_settings, tell_if_outgrown
 from npllama.engine import Model
 from npllama.errors import ParameterError
 from npllama.generation.batch import batch_ids, generate_batch
@@ -30,9 +30,7 @@ def _run_one(options: argparse.Namespace) -> int:
     if options.show_tokens:
         _show(model, "prompt", ids)
     settings = sampling_settings(options)
-    steps = Timed(
-        generate(model, ids, lookup=options.lookup, cache_dtype=CACHE_DTYPES[options.cache_dtype], **settings), len(ids)
-    )
+    steps = Timed(generate(model, ids, lookup=options.lookup, **settings), len(ids))
     written: list[Step] = []
     try:
         for step in steps:
@@ -74,7 +72,6 @@ def _run_batch(options: argparse.Namespace) -> int:
         model,
         prompts,
         lanes=options.lanes,
-        cache_dtype=CACHE_DTYPES[options.cache_dtype],
         **sampling_settings(options),
     )
     texts: list[tuple[list[int], list[Step]]] = [(prompt, []) for prompt in prompts]

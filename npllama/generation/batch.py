@@ -32,7 +32,6 @@ def generate_batch(
     seed: int | None = None,
     stop: Sequence[str] = (),
     chunk: int = PREFILL_CHUNK,
-    cache_dtype: str = "float32",
 ) -> Generator[tuple[int, Step], None, None]:
     """Continue several prompts side by side.
 
@@ -53,8 +52,6 @@ def generate_batch(
     chunk : int
         Prompt tokens that one forward pass takes, of all prompts together. Sequences that are past their prompt go on
         meanwhile, by a token for each chunk.
-    cache_dtype : str
-        "float32" or "bfloat16": how keys and values are kept.
 
     Returns
     -------
@@ -80,7 +77,6 @@ def generate_batch(
         sampling=Sampling(temperature, top_k, top_p, min_p),
         stop=stop,
         chunk=chunk,
-        cache_dtype=cache_dtype,
     )
     settings.check(model)
     check_count("lanes", lanes)

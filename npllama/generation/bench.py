@@ -10,7 +10,6 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from npllama.cache import KVCache
 from npllama.engine import Model
 from npllama.errors import ContextOverflowError
 from npllama.generation.cost import positions_seen, prefill_operations
@@ -164,7 +163,6 @@ def bench(
     decode: int = 128,
     rounds: int = 3,
     batch: int = 1,
-    cache_dtype: str = "float32",
     limits: Callable[[], Limits] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -184,8 +182,6 @@ def bench(
     batch : int
         Sequences to decode together, one token of each in a pass. They begin with the same prompt. With more than one,
         one of them decodes alone before, in every round.
-    cache_dtype : str
-        "float32" or "bfloat16": how keys and values are kept.
     limits : callable, optional
         Measures what the machine can do; called in every round, between its phases, since a machine that is shared
         changes by the minute.
@@ -202,7 +198,7 @@ def bench(
     Raises
     ------
     ParameterError
-        A count is below 1, or there is no such ``cache_dtype``.
+        A count is below 1.
     ContextOverflowError
         Prompt and decoded tokens together exceed the model's context.
 
@@ -225,7 +221,7 @@ def bench(
     measure = limits or _unmeasured
 
     def measured(ids: list[int], decoded: NDArray[np.int64]) -> _Round:
-        return _round(model, ids, decoded, cache_dtype, measure, clock)
+        return _round(model, ids, decoded, measure, clock)
 
     report("Warming up", 0, rounds * length)
     measured(ids[:PREFILL_CHUNK], decoded[:2])
@@ -252,12 +248,11 @@ def _round(
     model: Model,
     prompt: list[int],
     decoded: NDArray[np.int64],
-    cache_dtype: str,
     limits: Callable[[], Limits | None],
     clock: Callable[[], float],
 ) -> _Round:
     """Prefill a prompt, and decode tokens (steps, batch) behind it: those of the first sequence, then all."""
-    cache = KVCache(model.config, len(prompt) + len(decoded), cache_dtype)
+    cache = model.new_cache(len(prompt) + len(decoded))
     begin = clock()
     prefill(model, prompt, cache)
     prefilled = clock() - begin

@@ -6,7 +6,6 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
-from npllama.cache import KVCache
 from npllama.engine import Model
 from npllama.generation.generate import generate
 from npllama.generation.prompt import prompt_ids
@@ -24,8 +23,6 @@ class Conversation:
         A first message with the role "system"; without it the chat template decides.
     capacity : int
         Positions that the whole dialog may take, at most the model's context.
-    cache_dtype : str
-        "float32" or "bfloat16": how keys and values are kept.
 
     Attributes
     ----------
@@ -35,9 +32,9 @@ class Conversation:
         Keys and values of the dialog so far.
     """
 
-    def __init__(self, model: Model, *, system: str | None = None, capacity: int, cache_dtype: str = "float32") -> None:
+    def __init__(self, model: Model, *, system: str | None = None, capacity: int) -> None:
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-        self.cache = KVCache(model.config, capacity, cache_dtype)
+        self.cache = model.new_cache(capacity)
         self._model = model
         self._seen: list[int] = []  # the ids behind the cache; it holds the first `cache.length` of them
 

@@ -31,7 +31,6 @@ def generate(
     chunk: int = PREFILL_CHUNK,
     lookup: int = 0,
     cache: KVCache | None = None,
-    cache_dtype: str = "float32",
 ) -> Generator[Step, None, None]:
     """Continue a prompt.
 
@@ -57,9 +56,8 @@ def generate(
         the latest token, and what the model itself would have written of it is kept. Faster where a text repeats
         itself or its prompt.
     cache : KVCache, optional
-        What came before; the prompt is appended to it. By default a new one, as large as this call needs.
-    cache_dtype : str
-        "float32" or "bfloat16": how the new one keeps keys and values. See `KVCache`.
+        What came before; the prompt is appended to it. By default a new one of the model's, as large as this call
+        needs.
 
     Returns
     -------
@@ -91,7 +89,6 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p, min_p),
         stop=stop,
         chunk=chunk,
-        cache_dtype=cache_dtype,
     )
     settings.check(model)
     check_count("lookup", lookup, least=0)

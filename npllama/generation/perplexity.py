@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npllama.cache import KVCache
 from npllama.engine import Model
 from npllama.errors import ContextOverflowError, ParameterError
 from npllama.generation.prefill import prefill
@@ -141,7 +140,7 @@ def _windows(length: int, size: int, first: int) -> Iterator[_Window]:
 
 def _score(model: Model, tokens: Sequence[int], first: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Log-probabilities of tokens[first:], each given all before it; first >= 1."""
-    cache = KVCache(model.config, len(tokens))
+    cache = model.new_cache(len(tokens))
     fed = len(tokens) - 1  # the last one is predicted only
     prefill(model, tokens[: first - 1], cache, _CHUNK, horizon=fed)  # spares the logits of what is context only
     scores = []

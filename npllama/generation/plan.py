@@ -22,7 +22,6 @@ class Settings:
     sampling: Sampling
     stop: Sequence[str]
     chunk: int
-    cache_dtype: str
 
     def check(self, model: Model) -> None:
         """Raise ParameterError or TokenizerError if they are out of range, or nothing that this model can do."""
@@ -32,7 +31,6 @@ class Settings:
             raise TokenizerError("stop strings need a tokenizer, and this model has none")
         check_count("max_new_tokens", self.max_new_tokens)
         check_count("chunk", self.chunk)
-        KVCache(model.config, 1, self.cache_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def plan(model: Model, prompt: Prompt, settings: Settings, seed: int | None, cac
         )
     count = min(settings.max_new_tokens, context - used - len(ids) + 1)  # the last token is not fed: it takes no place
     if cache is None:
-        cache = KVCache(model.config, len(ids) + count - 1, settings.cache_dtype)
+        cache = model.new_cache(len(ids) + count - 1)
     return Plan(ids, cache, Writer(model.tokenizer, ids, count, settings.sampling, rng, StopStrings(settings.stop)))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from npllama.dtypes import PACKINGS, SCALE, STORAGE, Array, Tensor, n_groups
+from npllama.dtypes import PACKINGS, SCALE, STORAGE, Array, Tensor, bfloat16, n_groups
 from npllama.kernels.jit import cache_folder
 from npllama.kernels.paths import twins
 
@@ -37,6 +37,8 @@ class Needs:
         One of `npllama.kernels.features.PATHS`; None for the best one.
     activations : str
         One of `npllama.rounding.ACTIVATIONS`.
+    cache_dtype : str
+        One of `npllama.cache.CACHE_DTYPES`.
     layer_norm, gated : bool
         The model has LayerNorm, and not RMSNorm; its feed-forward layer has a gate.
     at_once : bool
@@ -46,6 +48,7 @@ class Needs:
     dtype: str
     path: str | None = None
     activations: str = "float32"
+    cache_dtype: str = "float32"
     layer_norm: bool = False
     gated: bool = True
     at_once: bool = False
@@ -127,12 +130,13 @@ def _values(needs: Needs) -> tuple[Any, ...]:
 def _steps(needs: Needs) -> tuple[Sequence[Step], Sequence[Step]]:
     """Return what calls every kernel: the products and what is small; and the rest, which takes as long."""
     dtype, ops = needs.dtype, SimpleNamespace(**twins(needs.path, needs.activations))
+    cached = bfloat16() if needs.cache_dtype == "bfloat16" else np.dtype(np.float32)
 
     def stored(*shape: int) -> Tensor:
         return _zeros(dtype if len(shape) > 1 or dtype not in PACKINGS else "float32", shape)
 
     def attend(n_new: int) -> Array:
-        keys = np.ones((n_new, 1, 2), np.float32)
+        keys = np.ones((n_new, 1, 2), cached)
         context: Array = ops.attention(np.ones((n_new, 1, 2), np.float32), keys, keys, lambda name, x: x)
         return context
 
@@ -150,11 +154,11 @@ def _steps(needs: Needs) -> tuple[Sequence[Step], Sequence[Step]]:
         lambda: ops.softmax(square),
     )
     if needs.at_once:  # which compiles most of attention, too, and early
-        return (*mine, lambda: attend(1)), (lambda: _through_one_layer(ops, stored),)
+        return (*mine, lambda: attend(1)), (lambda: _through_one_layer(ops, stored, cached),)
     return mine, (lambda: attend(1),)
 
 
-def _through_one_layer(ops: Any, stored: Callable[..., Tensor]) -> None:
+def _through_one_layer(ops: Any, stored: Callable[..., Tensor], cached: np.dtype[Any]) -> None:
     """Run a layer of 32 numbers and one head at once."""
     config = SimpleNamespace(
         dim=32, n_heads=1, n_kv_heads=1, head_dim=32, hidden_dim=32, n_layers=1, activation="silu", norm="rms",
@@ -165,7 +169,7 @@ def _through_one_layer(ops: Any, stored: Callable[..., Tensor]) -> None:
     norms = dict.fromkeys(("attention_norm", "ffn_norm"), stored(32))
     others = dict.fromkeys((*(f"{name}_bias" for name in matrices), "q_norm", "k_norm"))
     weights = SimpleNamespace(layers=(SimpleNamespace(**matrices, **norms, **others),))
-    cache = SimpleNamespace(length=0, room=lambda: np.zeros((2, 1, 1, 1, 32), np.float32))
+    cache = SimpleNamespace(length=0, room=lambda: np.zeros((2, 1, 1, 1, 32), cached))
     turns = np.zeros((1, 16), np.float32)
     ops.through_layers(weights, config)(np.zeros((1, 32), np.float32), (turns, turns), cache)
 

@@ -69,7 +69,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeModel], None]:
     """Return what makes every command load the given stand-in."""
 
     def use(model: FakeModel) -> None:
-        monkeypatch.setattr("npllama.commands.engine.load", lambda path, **options: model)
+        def load(path: str, *, cache_dtype: str, **options: Any) -> FakeModel:
+            model.cache_dtype = cache_dtype
+            return model
+
+        monkeypatch.setattr("npllama.commands.engine.load", load)
 
     return use
 

@@ -182,6 +182,17 @@ def test_perplexity_reads_a_file_or_stdin(npllama: Npllama, loaded: Any, typed: 
     )
 
 
+def test_perplexity_shows_what_a_rounded_cache_costs(npllama: Npllama, store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog.", encoding="utf-8")
+    whole, again, rounded = (
+        npllama("perplexity", store, file, "--backend", "numpy", "--json", *option).json["logprob_sum"]
+        for option in ((), ("--cache-dtype", "f32"), ("--cache-dtype", "bf16"))
+    )
+    assert whole == again
+    assert whole != rounded == pytest.approx(whole, rel=1e-2)
+
+
 def test_perplexity_of_a_missing_file_is_an_io_error(npllama: Npllama, loaded: Any, tmp_path: Path) -> None:
     loaded(bigram()[0])
     done = npllama("perplexity", "m", tmp_path / "none.txt")

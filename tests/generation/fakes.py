@@ -60,6 +60,7 @@ class FakeModel:
 
     backend = "fake"
     threads = 1
+    cache_dtype = "float32"
     notice: str | None = None
     nbytes_per_token = 1000
 
@@ -75,6 +76,9 @@ class FakeModel:
         self.calls: list[list[int]] = []
         self._logits = logits
         self._seen: dict[int, list[int]] = {}  # by cache: the tokens behind it
+
+    def new_cache(self, capacity: int) -> KVCache:
+        return KVCache(self.config, capacity, self.cache_dtype)
 
     def forward(self, tokens: Any, cache: KVCache | None = None, *, last: bool = False) -> Array:
         ids = [int(token) for token in tokens]

@@ -62,11 +62,11 @@ def test_each_prompt_gets_the_steps_that_it_gets_alone(lanes: int, chunk: int, t
 @pytest.mark.parametrize("backend", ["numpy", "fast"])
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
 def test_the_tokens_are_the_same_in_float32_too(backend: str, cache_dtype: str) -> None:
-    model = loud_model(loud_config(), backend=backend, dtype="bfloat16")
+    model = loud_model(loud_config(), backend=backend, dtype="bfloat16", cache_dtype=cache_dtype)
     prompts = prompts_of(model, (3, 40, 1, 17))
-    together = gathered(model, prompts, lanes=3, max_new_tokens=8, cache_dtype=cache_dtype)
+    together = gathered(model, prompts, lanes=3, max_new_tokens=8)
     for steps, prompt in zip(together, prompts, strict=True):
-        alone = generate(model, prompt, max_new_tokens=8, cache_dtype=cache_dtype)
+        alone = generate(model, prompt, max_new_tokens=8)
         assert [step.token for step in steps] == [step.token for step in alone]
 
 
@@ -200,7 +200,6 @@ def test_a_prompt_that_is_none_is_named_before_anything_is_computed(
         {"chunk": 0},
         {"lanes": 0},
         {"lanes": 1.5},
-        {"cache_dtype": "int4"},
     ],
 )
 @pytest.mark.parametrize("prompts", [[], ["a"]])

@@ -159,8 +159,10 @@ def test_every_sequence_of_a_batch_has_its_own_tokens_behind_the_same_prompt() -
 
 
 def test_a_cache_of_half_the_size_is_read_in_half_the_bytes() -> None:
-    model = loud_model(loud_config(n_layers=2))
-    whole, half = (bench(model, prompt=8, decode=2, rounds=1, cache_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    whole, half = (
+        bench(loud_model(loud_config(n_layers=2), cache_dtype=dtype), prompt=8, decode=2, rounds=1)
+        for dtype in ("float32", "bfloat16")
+    )
     assert whole.cache_bytes_per_token == 2 * half.cache_bytes_per_token
 
 

@@ -201,7 +201,6 @@ def test_a_count_below_one_is_an_error(name: str, value: Any) -> None:
         {"stop": "x"},
         {"lookup": -1},
         {"lookup": 1.5},
-        {"cache_dtype": "int4"},
     ],
 )
 def test_settings_are_checked_before_the_first_step(settings: dict[str, Any]) -> None:
@@ -250,8 +249,9 @@ def test_a_finished_generation_holds_all_but_its_last_token() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_its_own_cache_is_no_larger_than_needed_and_of_the_dtype_that_was_asked_for(dtype: str) -> None:
+def test_its_own_cache_is_no_larger_than_needed_and_of_the_models_dtype(dtype: str) -> None:
     model, _ = bigram(max_seq_len=1 << 20)
+    model.cache_dtype = dtype
     made: list[KVCache] = []
     forward = model.forward
 
@@ -260,7 +260,7 @@ def test_its_own_cache_is_no_larger_than_needed_and_of_the_dtype_that_was_asked_
         return forward(tokens, cache, last=last)
 
     model.forward = watch
-    run(model, [1, 2, 3], max_new_tokens=4, cache_dtype=dtype)
+    run(model, [1, 2, 3], max_new_tokens=4)
     assert made[0].capacity == made[0].length == 6
     assert made[0].dtype == dtype
 

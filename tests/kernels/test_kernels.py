@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from npllama import kernels, ops
+from npllama.cache import CACHE_DTYPES
 from npllama.dtypes import Array, Tensor, narrow
 from npllama.kernels import jit, warmup
 from npllama.kernels.features import choose, host_features
@@ -147,18 +148,20 @@ def test_exp_is_right_to_float32s_last_bit_and_ends_where_float32_does() -> None
     assert jit.exp(np.float32(89)) == jit.exp(np.float32(np.inf)) == np.inf
 
 
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_nothing_is_left_to_compile_after_the_warm_up(dtype: str) -> None:
+def test_nothing_is_left_to_compile_after_the_warm_up(dtype: str, cache_dtype: str) -> None:
     from tests.fixtures.engine import loud_model
     from tests.fixtures.loud import loud_config
 
     seen: list[tuple[str, int, int]] = []
     at_once = dtype != "float32" and choose(host_features()) != "portable"
-    warmup.compile_kernels(warmup.Needs(dtype, at_once=at_once), lambda *step: seen.append(step))
+    needs = warmup.Needs(dtype, cache_dtype=cache_dtype, at_once=at_once)
+    warmup.compile_kernels(needs, lambda *step: seen.append(step))
     assert seen[0][1] == 0
     assert seen[-1][1] == seen[-1][2] == len(seen) - 1
     config = loud_config()
-    model = loud_model(config, backend="fast", dtype=dtype)
+    model = loud_model(config, backend="fast", dtype=dtype, cache_dtype=cache_dtype)
     for layer in (model.weights, *model.weights.layers):
         for name in layer.__slots__:
             if isinstance(tensor := getattr(layer, name), Tensor):

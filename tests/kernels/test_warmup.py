@@ -53,7 +53,7 @@ def test_another_process_takes_its_share_once(folder: Path, started: list[Any]) 
     compile_kernels(NEEDS)
     assert len(started) == 2
     assert started[0][0] == sys.executable
-    assert "compile_share(*('float32', 'portable', 'float32', False, True, False))" in started[0][2]
+    assert "compile_share(*('float32', 'portable', 'float32', 'float32', False, True, False))" in started[0][2]
 
 
 def test_a_process_that_fails_is_tried_again_and_changes_nothing(folder: Path, started: list[Any]) -> None:
