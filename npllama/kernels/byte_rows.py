@@ -16,8 +16,9 @@ With three digits that would cost the last bits. So the sum of a line begins, la
 the highest digits, or with -8 times the integers; of int4, which then lies around zero, there remains
 ``(minimum + 8 scale) · sum of the token's group`` for the row's sum.
 
-Some rows, a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that a line which was loaded is
-multiplied several times. Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
+Two rows, a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that a line which was loaded is
+multiplied several times. One token of one digit waits for memory alone: it meets them one by one, a single stream.
+Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
 cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
@@ -55,8 +56,9 @@ _LINE = 64
 _CHUNK = 1 << 14
 #: How many bytes before its turn a line is fetched where a row is one chunk: four pages.
 _EARLY = 1 << 14
-#: Rows of a band, and its sums with so many tokens, see `npllama.kernels.vector_rows.tokens_of`.
-_BAND = 2
+#: Rows of a band, and of one that is met by one token of one digit.
+_BAND, _SINGLE = 2, 1
+#: Numbers of tokens that rows are multiplied with, see `npllama.kernels.vector_rows.tokens_of`; sums of a band then.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
 _SUMS_OF_ONE, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = 2, 8, 16
 
@@ -240,7 +242,8 @@ def _multiply_party(
         start, stop = whole * chunk // chunks, whole * (chunk + 1) // chunks
         is_last = chunk + 1 == chunks
         first, end = start * per_line, groups if is_last else stop * per_line
-        coming, coming_row, coming_line = rows.data + _EARLY, _LINE, _BAND * _LINE
+        band = _SINGLE if count == _ONE and len(places) == 1 else _BAND
+        coming, coming_row, coming_line = rows.data + _EARLY, _LINE, band * _LINE
         if chunks > 1:
             coming = ahead.data if is_last else rows.data + stop * _LINE
             coming_row, coming_line = pitch, _LINE
@@ -269,75 +272,77 @@ def _multiply_party(
 def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any, count: int) -> None:
     """Add a chunk's products to the sums, or begin them with those of the first chunk."""
     if count == _ONE:
-        _add(_ONE, _SUMS_OF_ONE, chunk, tokens, is_int4, places)
+        if len(places) == 1:
+            _add(_ONE, _SINGLE, _SINGLE, chunk, tokens, is_int4, places)
+        else:
+            _add(_ONE, _BAND, _SUMS_OF_ONE, chunk, tokens, is_int4, places)
     elif count == _FOUR:
-        _add(_FOUR, _SUMS_OF_FOUR, chunk, tokens, is_int4, places)
+        _add(_FOUR, _BAND, _SUMS_OF_FOUR, chunk, tokens, is_int4, places)
     else:
-        _add(_EIGHT, _SUMS_OF_EIGHT, chunk, tokens, is_int4, places)
+        _add(_EIGHT, _BAND, _SUMS_OF_EIGHT, chunk, tokens, is_int4, places)
 
 
 @compiled(inline=True)
-def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any) -> None:
-    """Do `_add_chunk` for literally so many tokens, and sums of a band."""
+def _add(count: int, band: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any) -> None:
+    """Do `_add_chunk` for literally so many tokens, rows of a band, and sums of one."""
     pitch = (chunk.n_here + _LANES) // _LANES * _LANES * 4
     data_row, x_line = (GROUP // 2 if is_int4 else GROUP) * chunk.groups, count * line_bytes(is_int4, places)
     n_lines = chunk.n_here // 2 if is_int4 else chunk.n_here
-    for r in range(0, BLOCK, _BAND):
+    for r in range(0, BLOCK, band):
         rows, sums = rows_at(chunk.rows, r, chunk.groups, is_int4), chunk.sums + r * count * _LINE
         tile = no_sums(n_sums)
         if chunk.first > 0:
             tile = sums_at(sums, n_sums)
         else:
-            _fetch_scales(rows_at(chunk.ahead, r, chunk.groups, is_int4), chunk.groups, is_int4)
-            tile = _begin(n_sums, rows, chunk.groups, tokens, is_int4, places)
-        _weigh(count, rows.scales, chunk, tokens, pitch)
+            _fetch_scales(band, rows_at(chunk.ahead, r, chunk.groups, is_int4), chunk.groups, is_int4)
+            tile = _begin(band, n_sums, rows, chunk, tokens, is_int4, places)
+        _weigh(count, band, rows.scales, chunk, tokens, pitch)
         data = rows.data + (chunk.first // 2 if is_int4 else chunk.first) * _LINE
         coming = chunk.coming + r * data_row
         if is_int4:
             for n in range(n_lines):
-                _fetch(chunk, coming, n)
+                _fetch(band, chunk, coming, n)
                 x, factors = chunk.x + n * x_line, chunk.factors + 8 * n
-                tile = inner_nibbles(tile, _BAND, places, data + _LINE * n, data_row, x, factors, pitch)
+                tile = inner_nibbles(tile, band, places, data + _LINE * n, data_row, x, factors, pitch)
             if chunk.last > 0:
                 x, factors = chunk.x + n_lines * x_line, chunk.factors + 8 * n_lines
-                tile = inner_nibbles(tile, _BAND, places, chunk.last + r * _LINE, _LINE, x, factors, pitch)
+                tile = inner_nibbles(tile, band, places, chunk.last + r * _LINE, _LINE, x, factors, pitch)
         else:
             for n in range(n_lines):
-                _fetch(chunk, coming, n)
+                _fetch(band, chunk, coming, n)
                 x, factors = chunk.x + n * x_line, chunk.factors + 4 * n
-                tile = inner_bytes(tile, _BAND, places, data + _LINE * n, data_row, x, factors, pitch)
+                tile = inner_bytes(tile, band, places, data + _LINE * n, data_row, x, factors, pitch)
         store_sums(sums, tile)
 
 
 @compiled(inline=True)
-def _fetch(chunk: Chunk, coming: int, line: int) -> None:
+def _fetch(band: int, chunk: Chunk, coming: int, line: int) -> None:
     """Fetch a line of each row of the band that comes."""
-    for row in range(_BAND):
+    for row in range(band):
         simd.prefetch(coming + row * chunk.coming_row, line * chunk.coming_line)
 
 
 @compiled(inline=True)
-def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
+def _fetch_scales(band: int, rows: Rows, groups: int, is_int4: bool) -> None:
     """Fetch the scales and minima of a band."""
-    for place in range(0, _BAND * groups * 2, _LINE):
+    for place in range(0, band * groups * 2, _LINE):
         simd.prefetch(rows.scales, place)
         if is_int4:
             simd.prefetch(rows.minima, place)
 
 
 @compiled(inline=True)
-def _begin(n_sums: int, rows: Rows, groups: int, tokens: Tokens, is_int4: bool, places: Any) -> Any:
-    """Return what literally so many sums of a band begin with, see above."""
+def _begin(band: int, n_sums: int, rows: Rows, chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any) -> Any:
+    """Return what literally so many sums of a band begin with, see above; the room of its factors is free for it."""
     sums, offset = no_sums(n_sums), simd.broadcast(np.float32(8 if is_int4 else 0))
     if len(places) == 1:
         offset = simd.broadcast(np.float32(0 if is_int4 else -128))
     if is_int4 or len(places) == 1:
-        for g in range(0, groups, _LANES):
-            shared = (
-                _shared(rows, g, groups, is_int4, offset),
-                _shared(rows_at(rows, 1, groups, is_int4), g, groups, is_int4, offset),
-            )
-            sums = add_products_at(sums, shared, tokens.sums + 4 * g, tokens.pitch)
+        for g in range(0, chunk.groups, _LANES):
+            for r in range(band):
+                row = rows_at(rows, r, chunk.groups, is_int4)
+                simd.store(chunk.factors, _LINE * r, _shared(row, g, chunk.groups, is_int4, offset))
+            sums = add_products_at(sums, band, chunk.factors, tokens.sums + 4 * g, tokens.pitch)
     return sums
 
 
@@ -349,9 +354,9 @@ def _shared(row: Rows, first: int, groups: int, is_int4: bool, offset: Any) -> A
 
 
 @compiled(inline=True)
-def _weigh(count: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) -> None:
+def _weigh(count: int, band: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) -> None:
     """Write ``scale · step`` of a band and literally so many tokens for the groups of a chunk."""
-    for r in range(_BAND):
+    for r in range(band):
         for g in range(0, chunk.n_here, _LANES):
             group = chunk.first + g
             scale = _bfloat16_at(scales + 2 * (chunk.groups * r + group), chunk.groups - group)

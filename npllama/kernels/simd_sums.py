@@ -324,27 +324,27 @@ def inner_lines(context: Any, sums: Any, rows: Any, kind: Any, weights: Any, row
 # --- a vector for each token ------------------------------------------------------------------------------------
 
 
-@intrinsic
-def add_products_at(context: Any, sums: Any, vectors: Any, address: Any, pitch: Any) -> Any:
-    """``add_products_at(sums, vectors, address, pitch)``: add a vector of each row times one of each token.
+@intrinsic(prefer_literal=True)
+def add_products_at(context: Any, sums: Any, rows: Any, weights: Any, x: Any, pitch: Any) -> Any:
+    """``add_products_at(sums, rows, weights, x, pitch)``: add a vector of each row times one of each token.
 
-    The rows' vectors are a tuple, the tokens' lie in memory, ``pitch`` bytes apart. The sums of a row are those of each
-    token in turn. VFMADD231PS.
+    Those of literally so many rows lie one after the other, those of tokens ``pitch`` bytes apart. The sums of a row
+    are those of each token in turn. VFMADD231PS.
     """
-    n_tokens = sums.count // vectors.count
+    n_tokens = sums.count // rows.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, vectors, address, pitch = arguments
-        others = [load(builder, apart(builder, address, pitch, t), 0, FLOAT_VECTOR) for t in range(n_tokens)]
+        tile, _, weights, x, pitch = arguments
+        tokens = [load(builder, apart(builder, x, pitch, t), 0, FLOAT_VECTOR) for t in range(n_tokens)]
 
         def change(i: int, total: Any) -> Any:
             row, token = divmod(i, n_tokens)
-            vector = builder.extract_value(vectors, row)
-            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, others[token], total)
+            weight = load(builder, weights, _LINE * row, FLOAT_VECTOR)
+            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, weight, tokens[token], total)
 
         return _changed(context, builder, sums, tile, change)
 
-    return sums(sums, vectors, types.int64, types.int64), code
+    return sums(sums, rows, *[types.int64] * 3), code
 
 
 def apart(builder: Any, address: Any, pitch: Any, number: int) -> Any:

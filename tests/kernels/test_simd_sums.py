@@ -130,8 +130,8 @@ def test_inner_products_of_pairs_of_rows_and_tokens() -> None:
 
 
 def test_a_vector_of_each_row_times_one_of_each_token() -> None:
-    body = "v = q.load_floats(b, 0), q.load_floats(b, 64); t = u.sums_at(a, 8)"
-    found = run(f"{body}; u.store_sums(o, u.add_products_at(t, v, a, 64))", FLOATS, FLOATS[9:11].copy(), size=128)
+    body = "u.store_sums(o, u.add_products_at(u.sums_at(a, 8), 2, b, a, 64))"
+    found = run(body, FLOATS, FLOATS[9:11].copy(), size=128)
     expected = FLOATS[:8].reshape(2, 4, 16) + FLOATS[9:11, None] * FLOATS[:4]
     np.testing.assert_allclose(found.reshape(2, 4, 16), expected, 1e-6, 1e-6)
 
