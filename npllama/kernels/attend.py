@@ -13,7 +13,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from npllama.dtypes import Array
-from npllama.kernels.attend_few import attend_few
+from npllama.kernels.attend_few import attend_few, attend_few_plainly
 from npllama.kernels.attend_piece import Piece, attend_many, exp2
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.features import choose, host_features
@@ -222,7 +222,11 @@ def _attend_piece(
     totals: Array,
     context: Array,
 ) -> None:
-    """Do the piece of one line of the table of pieces: fill its part, or its share of the context."""
+    """Do the piece of one line of the table of pieces: fill its part, or its share of the context.
+
+    Where ``plain`` is an array, whichever, that is done in plain loops. Where it is None, vector registers are used by
+    name. What is not used is not compiled.
+    """
     sequence = table[line[_SEQUENCE]]
     offset = line[_HEAD] * sequence[_HEAD_STRIDE]
     piece = Piece(
@@ -240,10 +244,12 @@ def _attend_piece(
     )
     part, split, n_queries = line[_PART], line[_SPANS] > 1, piece.rows * group
     out, row, head = (parts, part * (peaks.shape[1] // group), 0) if split else (context, piece.row, piece.head)
-    if n_queries <= _FEW:
-        highest, total = attend_few(q, scale, piece, like, plain, out, row, head)
-    else:
+    if n_queries > _FEW:
         highest, total = attend_many(q, scale, piece, like, plain, out, row, head)
+    elif plain is None:
+        highest, total = attend_few(q, scale, piece, like, out, row, head)
+    else:
+        highest, total = attend_few_plainly(q, scale, piece, like, out, row, head)
     if split:
         for m in range(n_queries):
             peaks[part, m], totals[part, m] = highest[m], total[m]

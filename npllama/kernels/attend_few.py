@@ -50,22 +50,6 @@ _EARLY = 1 << 14  # bytes of keys, or values, before whose turn the next ones ar
 _HIDDEN = np.float32(-np.inf)
 
 
-@compiled()
-def attend_few(
-    q: Array, scale: np.float32, piece: Piece, like: Array, plain: Array | None, context: Array, row: int, head: int
-) -> Any:
-    """Write the context of a piece's queries, and return their peaks and totals, by which parts can be merged.
-
-    Each key and value is read once, where it lies; ``like`` has their dtype. Scores are multiplied by ``scale``. The
-    context goes into context (T, H, Dh) from a row and a head on; peaks and totals have a number for each query, row by
-    row, and perhaps some more. Where ``plain`` is an array, whichever, the compiler makes what it can of plain loops.
-    Where it is None, vector registers are used by name; what is not used is not compiled.
-    """
-    if plain is None:
-        return _attend_in_parties(q, scale, piece, like, context, row, head)
-    return _attend_plainly(q, scale, piece, like, context, row, head)
-
-
 # --- in vector registers ----------------------------------------------------------------------------------------
 
 
@@ -97,10 +81,13 @@ class Party(NamedTuple):
 
 
 @compiled()
-def _attend_in_parties(
-    q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int
-) -> Any:
-    """Do `attend_few` with vector registers by name."""
+def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int) -> Any:
+    """Write the context of a piece's queries, and return their peaks and totals, by which parts can be merged.
+
+    Each key and value is read once, where it lies; ``like`` has their dtype. Scores are multiplied by ``scale``. The
+    context goes into context (T, H, Dh) from a row and a head on; peaks and totals have a number for each query, row by
+    row, and perhaps some more. Vector registers are used by name.
+    """
     head_dim, n_queries = q.shape[2], piece.rows * piece.group
     width = (head_dim + _CHUNK - 1) // _CHUNK * _CHUNK
     own, n_parties = 2 * _PARTY * width + _STATE, (n_queries + _PARTY - 1) // _PARTY
@@ -276,8 +263,10 @@ def _add_values(
 
 
 @compiled()
-def _attend_plainly(q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int) -> Any:
-    """Do `attend_few` in plain loops."""
+def attend_few_plainly(
+    q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int
+) -> Any:
+    """Do `attend_few` in plain loops, of which the compiler makes what it can."""
     head_dim = q.shape[2]
     n_queries = piece.rows * piece.group
     padded = (n_queries + 3) // 4 * 4

@@ -36,7 +36,7 @@ import numpy as np
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.by_address import address_of
-from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes
+from npllama.kernels.byte_tokens import PARTY, Places, Tokens, line_bytes, party_at, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
 from npllama.kernels.memory import aligned
@@ -112,7 +112,7 @@ def rows_at(weights: Rows, row: int, groups: int, is_int4: bool) -> Rows:
     return Rows(weights.data + data * row, weights.scales + scales * row, weights.minima + scales * row)
 
 
-def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], places: tuple[int, ...]) -> None:
+def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], places: Places) -> None:
     """Fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, for weights of one dtype that share N.
 
     Parameters
@@ -122,7 +122,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], plac
     weights : sequence of Tensor of shape (M, N)
         All int8, or all int4. M may differ, and is 16 at least.
     outputs : sequence of ndarray of shape (T, M), float32
-    places : tuple of int
+    places : tuple of int64
         `npllama.kernels.byte_tokens.EXACT`, or ROUNDED for tokens rounded to int8.
     """
     is_int4, groups = PACKINGS[weights[0].dtype].has_minima, n_groups(x.shape[1])
@@ -133,7 +133,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], plac
 
 
 @cache
-def _address_of_work(places: tuple[int, ...]) -> int:
+def _address_of_work(places: Places) -> int:
     """Return the address of `_multiply_blocks`."""
     arguments = np.empty(1, np.int8), 1, 1, True, *places
     return address_of(_multiply_blocks, arguments, np.empty((1, 6), np.int64), 1, 1)
@@ -220,7 +220,7 @@ def _last_lines(rows: Rows, groups: int, room: Array) -> Any:
     return spare
 
 
-@compiled()
+@compiled(inline=True)
 def _multiply_party(
     rows: Rows,
     groups: int,

@@ -16,7 +16,7 @@ line.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -28,8 +28,12 @@ from npllama.kernels.rounded import int8_step
 from npllama.kernels.simd_quantised import shift_right, store_low_bytes, subtract
 from npllama.kernels.vector_rows import tokens_of
 
-#: What the digits of a token count. How many there are is what compiled functions are compiled for.
-EXACT, ROUNDED = (65536, 256, 1), (1,)
+Places: TypeAlias = tuple[np.int64, ...]
+
+#: What the digits of a token count. How many there are is what compiled functions are compiled for; as Python's own
+#: integers they would be constants inside of one, a type that is compiled for anew.
+EXACT: Places = (np.int64(65536), np.int64(256), np.int64(1))
+ROUNDED: Places = (np.int64(1),)
 #: Tokens of a party, at most.
 PARTY = 8
 

@@ -1,29 +1,33 @@
 """What a unit of rows multiplies: a part of a matrix, whatever it is stored as, times what enters the matrix.
 
 The matrices of a layer may be stored differently from one another. What enters them is prepared for each storage type
-that asks for it. There are three ways to multiply, of which a model on a processor uses one or two:
+that asks for it. There are four ways to multiply, of which a model on a processor uses one or two:
 
-===========  ==========  =======================================================
+===========  ==========  =============================================================
 ``tiles``    bfloat16    in the matrix unit, see `npllama.kernels.tiles`
 ``vectors``  bfloat16    in vector registers, see `npllama.kernels.vector_rows`
-``bytes``    int8, int4  by digits, see `npllama.kernels.byte_rows`
-===========  ==========  =======================================================
+``exact``    int8, int4  by three digits of the input, see `npllama.kernels.byte_rows`
+``rounded``  int8, int4  by one digit: the input is rounded to int8
+===========  ==========  =============================================================
 
-The ways are a tuple: for tiles and vectors an array if they are used (only that it is one matters), else None; behind
-them the places of digits, one or three, or none. What is not used is not compiled: Numba leaves a branch out whose
-condition asks whether an argument of the function is None, or how long a tuple it is. So each way becomes an argument.
+A way is two functions, one to prepare an input and one to multiply, which are called by their addresses. A table says
+which they are for each storage type. So what calls them is compiled once for all ways, and a way that is not used, for
+which a processor may lack the instructions, is not compiled at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npllama.dtypes import GROUP, Array
 from npllama.kernels import byte_rows, simd, vector_rows
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_rows import Rows, rows_at
-from npllama.kernels.byte_tokens import EXACT, take_apart, tokens_bytes
+from npllama.kernels.byte_tokens import EXACT, ROUNDED, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.memory import aligned
@@ -34,6 +38,9 @@ _BFLOAT16, _INT8, _INT4, _ = FORMS.values()
 #: Columns of a table of layers: for each of its seven matrices the address of the data, those of scales and minima (or
 #: that of the data again), and the number of the storage type.
 _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
+
+#: Columns of a table of ways: the addresses of its functions.
+_PREPARE, _MULTIPLY = range(2)
 
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
@@ -78,7 +85,9 @@ class Inputs(NamedTuple):
 def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -> Inputs:
     """Return room for inputs (T, N) of up to so many numbers a row."""
     groups = (widest + GROUP - 1) // GROUP
-    size = max(tokens_bytes(groups, False, EXACT, n_new), tokens_bytes(groups, True, EXACT, n_new))
+    size = 0
+    for is_int4 in (False, True):
+        size = max(size, tokens_bytes(groups, is_int4, EXACT, n_new))
     room = max(4 * _SQUARE, max(vector_rows.room_size(), byte_rows.room_size(groups)))
     lines = aligned(vector_rows.tokens_size(n_new, widest, vector_rows.HALVES), like)
     return Inputs(
@@ -127,87 +136,74 @@ def fetch(part: Part) -> None:
 
 
 @compiled()
-def begin(shapes: Array, tiles: Array | None) -> None:
-    """Get a thread ready."""
-    if tiles is not None:
-        simd.tile_configure(shapes)
-
-
-@compiled()
-def end(tiles: Array | None) -> None:
-    """Undo what `begin` did."""
-    if tiles is not None:
-        simd.tile_release()
-
-
-@compiled()
-def prepare(x: Array, layer: Array, first: int, stop: int, inputs: Inputs, ways: Any) -> None:
+def prepare(x: Array, layer: Array, first: int, stop: int, inputs: Inputs, ways: Array) -> None:
     """Prepare what enters the matrices of a layer from ``first`` to before ``stop``: x (T, N)."""
-    _prepare(x, layer, first, stop, inputs, ways[0], ways[1], ways[2:])
-
-
-@compiled()
-def _prepare(
-    x: Array,
-    layer: Array,
-    first: int,
-    stop: int,
-    inputs: Inputs,
-    tiles: Array | None,
-    vectors: Array | None,
-    places: tuple[int, ...],
-) -> None:
     if inputs.rounded.size > 0:
         round_bits(x.reshape(-1).view(np.uint32), inputs.rounded.view(np.uint32))
         x = inputs.rounded[: x.size].reshape(x.shape)
-    groups = (x.shape[1] + GROUP - 1) // GROUP
-    for form in range(3):
+    for form in range(len(ways)):
         is_wanted = False
         for matrix in range(first, stop):
             is_wanted |= layer[_FORM + matrix] == form
-        if tiles is not None:  # noqa: SIM102
-            if is_wanted and form == _BFLOAT16:
-                _pack_floats(x, inputs.panel)
-        if vectors is not None:  # noqa: SIM102
-            if is_wanted and form == _BFLOAT16:
-                vector_rows.line_up(x, inputs.kind, inputs.lines)
-        if len(places) > 0:  # noqa: SIM102
-            if is_wanted and form != _BFLOAT16:
-                size = tokens_bytes(groups, form == _INT4, places, x.shape[0])
-                take_apart(x, form == _INT4, places, inputs.tokens[form - 1, :size])
+        if is_wanted:
+            call_at(ways[form, _PREPARE], (x, form, inputs))
 
 
-@compiled()
-def multiply_part(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, ways: Any) -> None:
+@compiled(inline=True)
+def multiply_part(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, ways: Array) -> None:
     """Fill a block (T, rows), flat, with the input times a part; fetch another one meanwhile."""
-    _multiply_part(n_new, part, ahead, inputs, block, ways[0], ways[1], ways[2:])
+    call_at(ways[part.form, _MULTIPLY], (n_new, part, ahead, inputs, block))
+
+
+# --- the ways: functions of the same arguments ------------------------------------------------------------------
 
 
 @compiled()
-def _multiply_part(
-    n_new: int,
-    part: Part,
-    ahead: Part,
-    inputs: Inputs,
-    block: Array,
-    tiles: Array | None,
-    vectors: Array | None,
-    places: tuple[int, ...],
-) -> None:
-    if tiles is not None:  # noqa: SIM102
-        if part.form == _BFLOAT16:
-            _multiply_tiles(part, n_new, inputs, block, ahead)
-    if vectors is not None:  # noqa: SIM102
-        if part.form == _BFLOAT16:
-            _multiply_vectors(part, n_new, inputs, block, ahead)
-    if len(places) > 0:  # noqa: SIM102
-        if part.form != _BFLOAT16:
-            _multiply_bytes(part, n_new, places, inputs, block, ahead)
+def configure(shapes: Array) -> None:
+    """Get a thread ready for tiles."""
+    simd.tile_configure(shapes)
 
 
 @compiled()
-def _multiply_bytes(part: Part, n_new: int, places: Any, inputs: Inputs, block: Array, ahead: Part) -> None:
-    """Do what `multiply_part` does, for int8 and int4: as blocks of 16 rows."""
+def release() -> None:
+    """Undo `configure`."""
+    simd.tile_release()
+
+
+@compiled()
+def _prepare_vectors(x: Array, form: int, inputs: Inputs) -> None:
+    vector_rows.line_up(x, inputs.kind, inputs.lines)
+
+
+@compiled()
+def _prepare_exact(x: Array, form: int, inputs: Inputs) -> None:
+    _take_apart(x, form, inputs, EXACT)
+
+
+@compiled()
+def _prepare_rounded(x: Array, form: int, inputs: Inputs) -> None:
+    _take_apart(x, form, inputs, ROUNDED)
+
+
+@compiled(inline=True)
+def _take_apart(x: Array, form: int, inputs: Inputs, places: Any) -> None:
+    size = tokens_bytes((x.shape[1] + GROUP - 1) // GROUP, form == _INT4, places, x.shape[0])
+    take_apart(x, form == _INT4, places, inputs.tokens[form - 1, :size])
+
+
+@compiled()
+def _multiply_exact(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
+    _multiply_bytes(n_new, part, ahead, inputs, block, EXACT)
+
+
+@compiled()
+def _multiply_rounded(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
+    _multiply_bytes(n_new, part, ahead, inputs, block, ROUNDED)
+
+
+@compiled(inline=True)
+def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, places: Any) -> None:
+    """Multiply blocks of 16 rows."""
     groups, is_int4 = (part.width + GROUP - 1) // GROUP, part.form == _INT4
     output, token, tokens = np.int64(block.ctypes.data), 4 * ROWS, inputs.tokens[part.form - 1]
     for first in range(0, ROWS, byte_rows.BLOCK):
@@ -221,8 +217,8 @@ def _multiply_bytes(part: Part, n_new: int, places: Any, inputs: Inputs, block: 
 
 
 @compiled()
-def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahead: Part) -> None:
-    """Do what `multiply_part` does, for bfloat16 in vectors: as blocks of 16 rows."""
+def _multiply_vectors(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
+    """Multiply blocks of 16 rows."""
     row, output, token = _row_bytes(part), np.int64(block.ctypes.data), 4 * ROWS
     for first in range(0, ROWS, vector_rows.BLOCK):
         rows = part.rows.data + row * first
@@ -235,9 +231,9 @@ def _multiply_vectors(part: Part, n_new: int, inputs: Inputs, block: Array, ahea
 
 
 @compiled()
-def _pack_floats(x: Array, panel: Array) -> None:
+def _prepare_tiles(x: Array, form: int, inputs: Inputs) -> None:
     """Pack an input x (T, N) as a panel. That of a single token has its numbers in order."""
-    n_new, width = x.shape
+    (n_new, width), panel = x.shape, inputs.panel
     steps = (width + _STEP - 1) // _STEP
     if n_new > 1:
         _pack_panel(x, panel)
@@ -252,12 +248,41 @@ def _pack_floats(x: Array, panel: Array) -> None:
 
 
 @compiled()
-def _multiply_tiles(part: Part, n_new: int, inputs: Inputs, block: Array, ahead: Part) -> None:
-    """Do what `multiply_part` does, for bfloat16."""
+def _multiply_tiles(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
     width, scratch = part.width, inputs.scratch
     rows_ahead = min(ROWS, (ROWS * _row_bytes(ahead) + 2 * width - 1) // (2 * width))
     _multiply_block(part.rows.data, width, inputs.panel, n_new, ahead.rows.data, rows_ahead, scratch)
     _deliver(scratch, np.int64(block.ctypes.data), 4 * ROWS, n_new)
+
+
+#: The ways by their names: what prepares an input, what multiplies.
+_WAYS: dict[str, tuple[Any, Any]] = {
+    "tiles": (_prepare_tiles, _multiply_tiles),
+    "vectors": (_prepare_vectors, _multiply_vectors),
+    "exact": (_prepare_exact, _multiply_exact),
+    "rounded": (_prepare_rounded, _multiply_rounded),
+}
+
+
+def table_of(ways: Mapping[str, str], x: Array, inputs: Inputs, block: Array) -> NDArray[np.int64]:
+    """Compile ways, and return the table of their addresses, a line for each storage type.
+
+    Parameters
+    ----------
+    ways : mapping of str to str
+        For each storage type that matrices have, the name of a way.
+    x, inputs, block
+        Of the types that the functions will be called with.
+    """
+    table, part = np.zeros((len(FORMS), 2), np.int64), Part(1, 1, Rows(1, 1, 1))
+    for dtype, way in ways.items():
+        preparing, multiplying = _WAYS[way]
+        table[FORMS[dtype], _PREPARE] = address_of(preparing, x, 1, inputs)
+        table[FORMS[dtype], _MULTIPLY] = address_of(multiplying, 1, part, part, inputs, block)
+    return table
+
+
+# --- what becomes of a block ------------------------------------------------------------------------------------
 
 
 @compiled()

@@ -1,29 +1,23 @@
-"""The work of all decoder layers, cut into units that threads take in turn. See `npllama.kernels.through_layers`."""
+"""What the units of `npllama.kernels.layer_turns` do: some rows of a layer's matrices, or a piece of attention."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from npllama.dtypes import Array
 from npllama.kernels import simd
 from npllama.kernels.activation import _glu
-from npllama.kernels.attend import _TILE as _TILE_OF_QUERIES
-from npllama.kernels.attend import _UNLIMITED, _merge, _pieces
+from npllama.kernels.attend import _pieces
 from npllama.kernels.attend_piece import _matrix_at
-from npllama.kernels.by_address import call_at
 from npllama.kernels.jit import compiled, narrowed
 from npllama.kernels.layer_rows import (
     ROWS,
     Inputs,
     Part,
     add_residual,
-    begin,
     copy_block,
-    end,
-    fetch,
     inputs_room,
     multiply_part,
     no_part,
@@ -32,7 +26,6 @@ from npllama.kernels.layer_rows import (
 )
 from npllama.kernels.norm import _rms_norm
 from npllama.kernels.rope import _apply_rope
-from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
 
 #: The matrices of a layer, in the order of the columns of a table of layers; behind those of
 #: `npllama.kernels.layer_rows` come the addresses of their biases, then those of the vectors of the norms.
@@ -46,10 +39,8 @@ _ATTENTION_NORM, _FFN_NORM, _Q_NORM, _K_NORM = range(35, 39)
 _KEYS, _VALUES, _STRIDE, _HEAD_STRIDE, _COUNT, _LENGTH, _ROW, _LAYER_STRIDE = range(8)
 
 #: The phases of a layer.
-_QKV, _ATTEND, _OUT, _GATE_UP, _DOWN = range(5)
-_PHASES = 5
-#: Numbers from one counter to the next: none shares its cache lines with another.
-APART = 16
+QKV, ATTEND, OUT, GATE_UP, DOWN = range(5)
+PHASES = 5
 
 
 class Plan(NamedTuple):
@@ -104,14 +95,6 @@ class Shared(NamedTuple):
     counters: Array
 
 
-class Works(NamedTuple):
-    """Addresses of what units call: `npllama.kernels.attend` for a piece, `enter_product` and `multiply_unit`."""
-
-    attend: int
-    enter: int
-    rows: int
-
-
 class Own(NamedTuple):
     """What one thread has to itself: the input normed and taken apart, and the outputs of one or two blocks."""
 
@@ -120,130 +103,6 @@ class Own(NamedTuple):
     block: Array
     second: Array
     sequences: Array
-
-
-@compiled()
-def count_units(plan: Plan, sequences: Array, windows: Array) -> Any:
-    """Return the number of the first unit of each phase, behind them that of all units; and the parts of attention."""
-    starts = np.empty(_PHASES * plan.n_layers + 1, np.int64)
-    tile = _queries_of_a_tile(plan)
-    q, kv = _units_of(plan.n_heads * plan.head_dim), _units_of(plan.n_kv_heads * plan.head_dim)
-    at = 0
-    for layer in range(plan.n_layers):
-        phase = _PHASES * layer
-        starts[phase + _QKV] = at
-        at += q + 2 * kv
-        starts[phase + _ATTEND] = at
-        at += len(_pieces(sequences, plan.n_kv_heads, tile, windows[layer])[0])
-        starts[phase + _OUT] = at
-        at += _units_of(plan.dim)
-        starts[phase + _GATE_UP] = at
-        at += _units_of(plan.hidden_dim)
-        starts[phase + _DOWN] = at
-        at += _units_of(plan.dim)
-    starts[-1] = at
-    return starts, _pieces(sequences, plan.n_kv_heads, tile, np.int64(_UNLIMITED))[1]
-
-
-@compiled(inline=True)
-def _units_of(m: int) -> int:
-    return (m + ROWS - 1) // ROWS
-
-
-@compiled(inline=True)
-def _queries_of_a_tile(plan: Plan) -> int:
-    return max(1, _TILE_OF_QUERIES // (plan.n_heads // plan.n_kv_heads))
-
-
-@compiled(parallel=True)
-def run_units(
-    plan: Plan,
-    shared: Shared,
-    layers: Array,
-    windows: Array,
-    sequences: Array,
-    cos: Array,
-    sin: Array,
-    shapes: Array,
-    starts: Array,
-    like: Array,
-    stored: Array,
-    ways: Any,
-    works: Works,
-    work: int,
-) -> None:
-    """Run x through all layers, in place; every thread does what is there to do.
-
-    ``work`` is the address of `take_units`; ``stored`` has the dtype of keys and values.
-    """
-    for _ in prange(plan.n_threads):
-        everything = plan, shared, layers, windows, sequences, cos, sin, shapes, starts, like, stored, ways, works
-        call_at(work, everything)
-
-
-@compiled()
-def take_units(
-    plan: Plan,
-    shared: Shared,
-    layers: Array,
-    windows: Array,
-    sequences: Array,
-    cos: Array,
-    sin: Array,
-    shapes: Array,
-    starts: Array,
-    like: Array,
-    stored: Array,
-    ways: Any,
-    works: Works,
-) -> None:
-    """Take units until there are none left."""
-    own = own_of(plan, sequences, like)
-    pieces = np.empty((0, 8), np.int64)
-    tile = _queries_of_a_tile(plan)
-    begin(shapes, ways[0])
-    entered, phase, later = -1, 0, 0
-    unit = fetch_add(shared.counters, 0, 1)
-    while unit < starts[-1]:
-        phase = _phase_of(unit, phase, starts)
-        layer, kind = layers[phase // _PHASES], phase % _PHASES
-        following = fetch_add(shared.counters, 0, 1)
-        ahead = ahead_too = no_part()
-        if following < starts[-1]:
-            later = _phase_of(following, later, starts)
-            block = _block_of(plan, following, later, starts)
-            ahead, ahead_too = _parts_of(plan, layers[later // _PHASES], later % _PHASES, block)
-        _await(plan, shared.counters, layer, kind, phase, unit, starts)
-        if entered != phase:
-            entered = phase
-            if kind == _ATTEND:
-                pieces = _enter_attention(plan, own, sequences, phase // _PHASES, tile, windows)
-            else:
-                if kind == _OUT:
-                    pieces = _enter_attention(plan, own, sequences, phase // _PHASES, tile, windows)
-                    _merge(
-                        own.sequences,
-                        pieces,
-                        plan.n_heads // plan.n_kv_heads,
-                        shared.parts,
-                        shared.peaks,
-                        shared.totals,
-                        shared.context,
-                    )
-                call_at(works.enter, (plan, shared, own, layer, kind, like, ways))
-        if kind == _ATTEND:
-            line = pieces[_block_of(plan, unit, phase, starts)]
-            _append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like, stored)
-            group, window = plan.n_heads // plan.n_kv_heads, windows[phase // _PHASES]
-            room = shared.parts, shared.peaks, shared.totals, shared.context
-            where = shared.turned, own.sequences, line, group, plan.scale, window, stored, None
-            call_at(works.attend, (*where, *room))
-        else:
-            block = _block_of(plan, unit, phase, starts)
-            call_at(works.rows, (plan, shared, own, layer, kind, block, ahead, ahead_too, like, ways))
-        fetch_add(shared.counters, APART * (phase + 1), 1)
-        unit = following
-    end(ways[0])
 
 
 @compiled()
@@ -260,23 +119,9 @@ def own_of(plan: Plan, sequences: Array, like: Array) -> Own:
 
 
 @compiled(inline=True)
-def _phase_of(unit: int, phase: int, starts: Array) -> int:
-    """Return the phase of a unit, looked for from an earlier phase on."""
-    while starts[phase + 1] <= unit:
-        phase += 1
-    return phase
-
-
-@compiled()
-def _block_of(plan: Plan, unit: int, phase: int, starts: Array) -> Any:
-    """Return which rows a unit of a phase has, counted in units.
-
-    Each thread in turn begins with the rows of a part of its own, and the next unit's rows come behind those: so what a
-    thread reads is one stream, as long as all are equally fast.
-    """
-    here, n_units = unit - starts[phase], starts[phase + 1] - starts[phase]
-    part, place = here % plan.n_threads, here // plan.n_threads
-    return part * (n_units // plan.n_threads) + min(part, n_units % plan.n_threads) + place
+def units_of(m: int) -> int:
+    """Return how many units a matrix of M rows is."""
+    return (m + ROWS - 1) // ROWS
 
 
 @compiled()
@@ -286,17 +131,17 @@ def _place(plan: Plan, kind: int, block: int) -> Any:
     The last block of a matrix ends where the matrix does.
     """
     matrix, m, n = _W1, plan.dim, plan.dim
-    if kind == _QKV:
+    if kind == QKV:
         matrix, m = _WQ, plan.n_heads * plan.head_dim
-        if block >= _units_of(m):
-            block -= _units_of(m)
+        if block >= units_of(m):
+            block -= units_of(m)
             matrix, m = _WK, plan.n_kv_heads * plan.head_dim
-            if block >= _units_of(m):
-                block -= _units_of(m)
+            if block >= units_of(m):
+                block -= units_of(m)
                 matrix = _WV
-    elif kind == _OUT:
+    elif kind == OUT:
         matrix, n = _WO, plan.n_heads * plan.head_dim
-    elif kind == _GATE_UP:
+    elif kind == GATE_UP:
         m = plan.hidden_dim
     else:
         matrix, n = _W2, plan.hidden_dim
@@ -305,28 +150,16 @@ def _place(plan: Plan, kind: int, block: int) -> Any:
 
 
 @compiled()
-def _parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
+def parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
     """Return the parts of matrices that a unit multiplies: one, two or none."""
-    if kind == _ATTEND:
+    if kind == ATTEND:
         return no_part(), no_part()
     matrix, n, row, _ = _place(plan, kind, block)
-    return part_of(layer, matrix, row, n), part_of(layer, _W3, row, n) if kind == _GATE_UP else no_part()
+    return part_of(layer, matrix, row, n), part_of(layer, _W3, row, n) if kind == GATE_UP else no_part()
 
 
 @compiled()
-def _await(plan: Plan, counters: Array, layer: Array, kind: int, phase: int, unit: int, starts: Array) -> None:
-    """Wait until the phase before a unit's is finished; meanwhile fetch the unit's weights from memory."""
-    if phase == 0 or load_acquire(counters, APART * phase) == starts[phase] - starts[phase - 1]:
-        return
-    first, second = _parts_of(plan, layer, kind, _block_of(plan, unit, phase, starts))
-    fetch(first)
-    fetch(second)
-    while load_acquire(counters, APART * phase) < starts[phase] - starts[phase - 1]:
-        pause()
-
-
-@compiled()
-def _enter_attention(plan: Plan, own: Own, sequences: Array, layer: int, tile: int, windows: Array) -> Array:
+def enter_attention(plan: Plan, own: Own, sequences: Array, layer: int, tile: int, windows: Array) -> Array:
     """Bring the thread's table of sequences to a layer, and return the pieces of attention there."""
     for i in range(len(sequences)):
         own.sequences[i, _KEYS] = sequences[i, _KEYS] + layer * sequences[i, _LAYER_STRIDE]
@@ -343,17 +176,17 @@ def enter_product(
     layer: Array,
     kind: int,
     like: Array,
-    ways: Any,
+    ways: Array,
 ) -> None:
     """Take apart what the rows of a phase are multiplied by."""
     inputs = own.inputs
-    if kind == _QKV:
+    if kind == QKV:
         _rms_norm(shared.x, _vector(layer[_ATTENTION_NORM], plan.dim, like), plan.eps, own.normed)
         prepare(own.normed, layer, np.int64(_WQ), np.int64(_WO), inputs, ways)
-    elif kind == _OUT:
+    elif kind == OUT:
         context = shared.context.reshape(plan.n_new, plan.n_heads * plan.head_dim)
         prepare(context, layer, np.int64(_WO), np.int64(_W1), inputs, ways)
-    elif kind == _GATE_UP:
+    elif kind == GATE_UP:
         _rms_norm(shared.mid, _vector(layer[_FFN_NORM], plan.dim, like), plan.eps, own.normed)
         prepare(own.normed, layer, np.int64(_W1), np.int64(_W2), inputs, ways)
     else:
@@ -376,20 +209,20 @@ def multiply_unit(
     ahead: Part,
     ahead_too: Part,
     like: Array,
-    ways: Any,
+    ways: Array,
 ) -> None:
     """Do a unit of rows, and fetch two parts for the next one."""
     matrix, n, row, skipped = _place(plan, kind, block)
     multiply_part(plan.n_new, part_of(layer, matrix, row, n), ahead, own.inputs, own.block, ways)
     _add_bias(own.block, layer[_BIAS + matrix] + 4 * row, like)
-    if kind == _QKV:
+    if kind == QKV:
         copy_block(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
-    elif kind == _GATE_UP:
+    elif kind == GATE_UP:
         multiply_part(plan.n_new, part_of(layer, _W3, row, n), ahead_too, own.inputs, own.second, ways)
         _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
         _glu(own.block, own.second, own.block, plan.activation)
         copy_block(own.block, shared.act, row, skipped)
-    elif kind == _OUT:
+    elif kind == OUT:
         add_residual(own.block, shared.x, row)
         copy_block(own.block, shared.mid, row, skipped)
     else:
@@ -405,7 +238,7 @@ def _add_bias(block: Array, bias: int, like: Array) -> None:
 
 
 @compiled()
-def _append(
+def append(
     plan: Plan,
     shared: Shared,
     layer: Array,

@@ -23,7 +23,7 @@ is one sum in one order, whoever computes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import numba
@@ -36,24 +36,11 @@ from npllama.kernels.activation import _KINDS
 from npllama.kernels.attend import _TILE, _UNLIMITED, piece_for
 from npllama.kernels.by_address import address_of
 from npllama.kernels.byte_rows import Rows
-from npllama.kernels.byte_tokens import EXACT, ROUNDED
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.jobs import FORMS
-from npllama.kernels.layer_rows import ROWS, Part
-from npllama.kernels.layer_units import (
-    APART,
-    MATRICES,
-    NORMS,
-    Plan,
-    Shared,
-    Works,
-    count_units,
-    enter_product,
-    multiply_unit,
-    own_of,
-    run_units,
-    take_units,
-)
+from npllama.kernels.layer_rows import ROWS, Part, configure, release, table_of
+from npllama.kernels.layer_turns import APART, Works, count_units, run_units, take_units
+from npllama.kernels.layer_units import MATRICES, NORMS, Plan, Shared, enter_product, multiply_unit, own_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.tiles import _STEP, _shapes
 from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
@@ -65,7 +52,12 @@ _NUMBERS = np.empty(0, np.float32)  # only its dtype matters: that of vectors
 #: dtypes of keys and values -> an array of the dtype that kernels see.
 _STORED: dict[str, Array] = {"float32": _NUMBERS, "bfloat16": np.empty(0, np.uint16)}
 #: Ways to multiply (`npllama.kernels.layer_rows`) -> the tokens of a pass.
-_MOST_TOKENS = {"tiles": _TILE_OF_TOKENS, "vectors": vector_rows.FEW, "bytes": byte_rows.FEW}
+_MOST_TOKENS = {
+    "tiles": _TILE_OF_TOKENS,
+    "vectors": vector_rows.FEW,
+    "exact": byte_rows.FEW,
+    "rounded": byte_rows.FEW,
+}
 
 
 class ThroughLayers:
@@ -76,13 +68,13 @@ class ThroughLayers:
     weights : Weights
         Those of a model that `through_layers` knows.
     config : ModelConfig
-    ways : set of str
-        How its matrices are multiplied: see `npllama.kernels.layer_rows`.
+    ways : mapping of str to str
+        How matrices of a storage type are multiplied: see `npllama.kernels.layer_rows`.
     path, activations : str
         See `npllama.kernels.features` and `npllama.rounding`.
     """
 
-    def __init__(self, weights: Any, config: Any, ways: Collection[str], path: str, activations: str) -> None:
+    def __init__(self, weights: Any, config: Any, ways: Mapping[str, str], path: str, activations: str) -> None:
         self._config = config
         self._rounds = activations == "bfloat16"
         pairs = self._rounds and path == "avx512bf16"  # as in `npllama.kernels.matmul.ROUNDED`
@@ -93,11 +85,9 @@ class ThroughLayers:
         self._vectors: list[Array] = []  # whatever the table points to must live
         self._weights = weights
         self._layers = np.array([self._addresses(layer) for layer in weights.layers], np.int64)
-        places = ROUNDED if activations == "int8" else EXACT
-        tiles, vectors = (_NUMBERS if way in ways else None for way in ("tiles", "vectors"))
-        self._ways = tiles, vectors, *(places if "bytes" in ways else ())
-        self._most_tokens = min(_MOST_TOKENS[way] for way in ways)
-        if path == "amx" and "bytes" in ways and activations != "int8":
+        self._ways = dict(ways)
+        self._most_tokens = min(_MOST_TOKENS[way] for way in ways.values())
+        if path == "amx" and "exact" in ways.values():
             self._most_tokens = 1  # several go faster in tiles, see `npllama.kernels.matmul.PRODUCTS`
         self._works: dict[str, tuple[Works, int]] = {}
         self._windows = np.array([config.window(i) or _UNLIMITED for i in range(config.n_layers)], np.int64)
@@ -146,22 +136,27 @@ class ThroughLayers:
         cos, sin = (np.ascontiguousarray(table, np.float32) for table in rope)
         arguments = (
             *(plan, shared, self._layers, self._windows, sequences, cos, sin),
-            *(_shapes(len(x)), starts, _NUMBERS, _STORED[dtype], self._ways),
+            *(_shapes(len(x)), starts, _NUMBERS, _STORED[dtype]),
         )
         if dtype not in self._works:  # other types are always the same
-            works = self._find_works(plan, shared, sequences, dtype)
+            works = self._find_works(plan, shared, sequences, _shapes(len(x)), dtype)
             self._works[dtype] = works, address_of(take_units, *arguments, works)
         run_units(*arguments, *self._works[dtype])
         return shared.x
 
-    def _find_works(self, plan: Plan, shared: Shared, sequences: NDArray[np.int64], dtype: str) -> Works:
+    def _find_works(self, plan: Plan, shared: Shared, sequences: NDArray[np.int64], shapes: Array, dtype: str) -> Works:
         """Compile what units call, and return where it is."""
         own, part = own_of(plan, sequences, _NUMBERS), Part(1, 1, Rows(1, 1, 1))
-        entering = plan, shared, own, self._layers[0], 1
+        entering, has_tiles = (plan, shared, own, self._layers[0], 1), "tiles" in self._ways.values()
+        attend = piece_for(_STORED[dtype].dtype.name, True)
+        ways = table_of(self._ways, own.normed, own.inputs, own.block)
         return Works(
-            piece_for(_STORED[dtype].dtype.name, True),
-            address_of(enter_product, *entering, _NUMBERS, self._ways),
-            address_of(multiply_unit, *entering, 1, part, part, _NUMBERS, self._ways),
+            attend,
+            address_of(enter_product, *entering, _NUMBERS, ways),
+            address_of(multiply_unit, *entering, 1, part, part, _NUMBERS, ways),
+            address_of(configure, shapes) if has_tiles else 0,
+            address_of(release) if has_tiles else 0,
+            ways,
         )
 
     def _plan(self, n_new: int) -> Plan:
@@ -237,17 +232,20 @@ def through_layers_by(path: str, weights: Any, config: Any, *, activations: str 
         matrix.shape[0] >= ROWS and matrix.shape[1] >= _STEP and all(part.flags.c_contiguous for part in matrix.parts)
         for matrix in matrices
     )
-    ways = {_way(path, activations, matrix.dtype) for matrix in matrices}
-    if None in ways or not fits or ("tiles" in ways and 2 * config.dim >= _WIDE):
+    found = {matrix.dtype: _way(path, activations, matrix.dtype) for matrix in matrices}
+    ways = {dtype: way for dtype, way in found.items() if way is not None}
+    if len(ways) < len(found) or not fits or ("tiles" in ways.values() and 2 * config.dim >= _WIDE):
         return None
-    return ThroughLayers(weights, config, {way for way in ways if way}, path, activations)
+    return ThroughLayers(weights, config, ways, path, activations)
 
 
 def _way(path: str, activations: str, dtype: str) -> str | None:
     """Return how a storage type is multiplied, or None where all layers at once can't do it."""
     if dtype == "bfloat16":
         return None if activations == "int8" else "tiles" if path == "amx" else "vectors"
-    return "bytes" if dtype in PACKINGS else None
+    if dtype not in PACKINGS:
+        return None
+    return "rounded" if activations == "int8" else "exact"
 
 
 def _table(rooms: list[Array], counts: Any, lengths: list[int]) -> NDArray[np.int64]:

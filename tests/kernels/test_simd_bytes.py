@@ -11,7 +11,7 @@ import pytest
 
 from npllama.dtypes import Array
 from npllama.kernels import simd_bytes, simd_sums
-from npllama.kernels.byte_tokens import EXACT, ROUNDED
+from npllama.kernels.byte_tokens import EXACT, ROUNDED, Places
 from npllama.kernels.features import PATHS, host_features
 
 RNG = np.random.default_rng(3)
@@ -22,7 +22,7 @@ WEIGHTS = RNG.integers(0, 256, (ROWS, 64)).astype(np.uint8)
 FACTORS = RNG.normal(size=(ROWS, TOKENS, 16)).astype(np.float32)  # 64 bytes apart
 
 
-def added(instruction: Callable[..., Any], places: tuple[int, ...], x: Array) -> Array:
+def added(instruction: Callable[..., Any], places: Places, x: Array) -> Array:
     """Return sums (rows, tokens, 16), begun with nothing."""
 
     @numba.njit
@@ -65,7 +65,7 @@ def test_three_digits_of_int8_weights_are_one_integer() -> None:
 
 
 @pytest.mark.parametrize("places", [ROUNDED, EXACT])
-def test_halves_of_bytes_meet_two_groups(places: tuple[int, ...]) -> None:
+def test_halves_of_bytes_meet_two_groups(places: Places) -> None:
     digits = RNG.integers(-128, 128, (TOKENS, 2 * len(places), 64)).astype(np.int8)
     begins = RNG.integers(-1000, 1000, (TOKENS, 16)).astype(np.int32) if len(places) > 1 else None
     low, high = (half.astype(np.int64)[:, None] for half in (WEIGHTS & 15, WEIGHTS >> 4))
