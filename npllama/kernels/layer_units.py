@@ -155,7 +155,7 @@ def parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
     if kind == ATTEND:
         return no_part(), no_part()
     matrix, n, row, _ = _place(plan, kind, block)
-    return part_of(layer, matrix, row, n), part_of(layer, _W3, row, n) if kind == GATE_UP else no_part()
+    return part_of(layer, matrix, row, n), part_of(layer, np.int64(_W3), row, n) if kind == GATE_UP else no_part()
 
 
 @compiled()
@@ -218,7 +218,7 @@ def multiply_unit(
     if kind == QKV:
         copy_block(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
     elif kind == GATE_UP:
-        multiply_part(plan.n_new, part_of(layer, _W3, row, n), ahead_too, own.inputs, own.second, ways)
+        multiply_part(plan.n_new, part_of(layer, np.int64(_W3), row, n), ahead_too, own.inputs, own.second, ways)
         _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
         _glu(own.block, own.second, own.block, plan.activation)
         copy_block(own.block, shared.act, row, skipped)

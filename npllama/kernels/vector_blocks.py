@@ -119,7 +119,7 @@ def _address_of_work() -> int:
 def _pack(x: Array, packed: Array, task: Task) -> None:
     """Lay out the panels of a pass: all of one chunk, then all of the next; tokens that are not there are zeros."""
     for panel in prange(task.panels):
-        pack_panel(x, packed, task, panel)
+        pack_panel(x, packed, task, np.int64(panel))  # a parallel loop counts in uint64
 
 
 @compiled(parallel=True)
