@@ -305,6 +305,7 @@ def _add(count: int, band: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_in
                 x, factors = chunk.x + n * x_line, chunk.factors + 8 * n
                 tile = inner_nibbles(tile, band, places, data + _LINE * n, data_row, x, factors, pitch)
             if chunk.last > 0:
+                _fetch(band, chunk, coming, n_lines)
                 x, factors = chunk.x + n_lines * x_line, chunk.factors + 8 * n_lines
                 tile = inner_nibbles(tile, band, places, chunk.last + r * _LINE, _LINE, x, factors, pitch)
         else:

@@ -246,6 +246,7 @@ def _multiply_row(kind: int, row: int, n_lines: int, last: int, x: int, coming: 
         simd.prefetch(coming, _LINE * n)
         tile = inner_lines(tile, 1, kind, row + _LINE * n, 0, x + x_line * n)
     if last > 0:
+        simd.prefetch(coming, _LINE * n_lines)
         tile = inner_lines(tile, 1, kind, last, 0, x + x_line * n_lines)
     store_totals(total, tile)
 
