@@ -130,7 +130,7 @@ def take_units(
     tile = _queries_of_a_tile(plan)
     if works.begin != 0:
         call_at(works.begin, (shapes,))
-    entered, phase, later = -1, 0, 0
+    entered, appended, phase, later = -1, -1, 0, 0
     unit = fetch_add(shared.counters, 0, 1)
     while unit < starts[-1]:
         phase = _phase_of(unit, phase, starts)
@@ -143,7 +143,7 @@ def take_units(
             ahead, ahead_too = parts_of(plan, layers[later // PHASES], later % PHASES, block)
         _await(plan, shared.counters, layer, kind, phase, unit, starts)
         if entered != phase:
-            entered = phase
+            entered, appended = phase, -1
             if kind == ATTEND:
                 pieces = enter_attention(plan, own, sequences, phase // PHASES, tile, windows)
             else:
@@ -161,7 +161,10 @@ def take_units(
                 call_at(works.enter, (plan, shared, own, layer, kind, like, works.ways))
         if kind == ATTEND:
             line = pieces[_block_of(plan, unit, phase, starts)]
-            append(plan, shared, layer, own.sequences[line[0]], line[1], cos, sin, like, stored)
+            sequence, head = line[0], line[1]
+            if appended != plan.n_kv_heads * sequence + head:
+                appended = plan.n_kv_heads * sequence + head
+                append(plan, shared, layer, own.sequences[sequence], head, cos, sin, like, stored)
             group, window = plan.n_heads // plan.n_kv_heads, windows[phase // PHASES]
             room = shared.parts, shared.peaks, shared.totals, shared.context
             where = shared.turned, own.sequences, line, group, plan.scale, window, stored, None

@@ -251,7 +251,7 @@ def append(
 ) -> None:
     """Norm and turn a key/value head's queries and keys of one sequence; write keys and values to the cache.
 
-    Where keys are split into spans, several units of a phase do this, and write the same.
+    Where keys are split into spans, each thread does this before its first one, and all write the same.
     """
     first, count, size = sequence[_ROW], sequence[_COUNT], plan.head_dim
     group = plan.n_heads // plan.n_kv_heads
