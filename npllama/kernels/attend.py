@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from npllama.dtypes import Array
 from npllama.kernels.attend_few import attend_few, attend_few_plainly
-from npllama.kernels.attend_piece import Piece, attend_many, exp2
+from npllama.kernels.attend_piece import _BLOCK, Piece, attend_many, exp2
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.jit import compiled, exp
@@ -22,8 +22,9 @@ from npllama.kernels.jit import compiled, exp
 #: Taps that `attention` does not materialise: scores and probabilities live for a block of keys at a time.
 UNMATERIALISED = frozenset({"scores", "probs"})
 
-#: Queries of a key/value head up to which a piece is dot products along memory rather than panels of lanes.
-_FEW = 12
+#: New tokens of a sequence up to which a piece is dot products along memory rather than panels of lanes. Whatever is
+#: below, a token's numbers do not depend on the tokens beside it: those of a draft are what they would be alone.
+_FEW = 16
 #: Queries of a key/value head that go through a block of keys together; a panel is 32.
 _TILE = 128
 #: Keys of a piece where there is only one tile of queries, so that a long cache is more than one thread's work.
@@ -195,7 +196,7 @@ def _attend(
     Where the keys of a query are split between pieces, each fills a part of its own, and the parts are merged.
     """
     group = q.shape[1] // n_kv_heads
-    tile = max(1, _TILE // group)
+    tile = rows_of_tile(group)
     pieces, n_parts = _pieces(table, n_kv_heads, tile, window)
     rows = 0
     for i in range(len(table)):
@@ -244,7 +245,7 @@ def _attend_piece(
     )
     part, split, n_queries = line[_PART], line[_SPANS] > 1, piece.rows * group
     out, row, head = (parts, part * (peaks.shape[1] // group), 0) if split else (context, piece.row, piece.head)
-    if n_queries > _FEW:
+    if sequence[_COUNT] > _FEW:
         highest, total = attend_many(q, scale, piece, like, plain, out, row, head)
     elif plain is None:
         highest, total = attend_few(q, scale, piece, like, out, row, head)
@@ -255,13 +256,19 @@ def _attend_piece(
             peaks[part, m], totals[part, m] = highest[m], total[m]
 
 
+@compiled(inline=True)
+def rows_of_tile(group: int) -> int:
+    """Return how many rows go through a block of keys together, where ``group`` heads share a key/value head."""
+    return max(_FEW, _TILE // group)
+
+
 @compiled()
 def _pieces(table: Array, n_kv_heads: int, tile: int, window: int) -> Any:
     """Divide the work: return a row for each piece, with the columns named above, and the number of parts.
 
     A piece is one tile of rows of one sequence and key/value head, over all keys that they see. Where a sequence has
     no more rows than a tile, and more keys than a span, there is a piece for each span instead, which fills a part.
-    The division does not depend on the number of threads.
+    The division does not depend on the number of threads, and where spans begin and end not on the rows.
 
     Of many tiles the first are little work and the last much. They are taken from both ends in turn: equal runs of
     pieces are then equal work.
@@ -269,13 +276,13 @@ def _pieces(table: Array, n_kv_heads: int, tile: int, window: int) -> Any:
     n_pieces = 0
     for i in range(len(table)):
         count, length = table[i, _COUNT], table[i, _LENGTH]
-        n_tiles, n_keys = -(-count // tile), min(length, count + window - 1)
-        n_pieces += n_kv_heads * (n_tiles if n_tiles > 1 else -(-n_keys // _SPAN))
+        n_tiles, begin = -(-count // tile), _first_block(length, count, window)
+        n_pieces += n_kv_heads * (n_tiles if n_tiles > 1 else _count_spans(begin, length))
     pieces = np.empty((n_pieces, 8), np.int64)
     at = n_parts = 0
     for i in range(len(table)):
         count, length = table[i, _COUNT], table[i, _LENGTH]
-        past, n_tiles, n_keys = length - count, -(-count // tile), min(length, count + window - 1)
+        past, n_tiles, begin = length - count, -(-count // tile), _first_block(length, count, window)
         for head in range(n_kv_heads):
             if n_tiles > 1:
                 for turn in range(n_tiles):
@@ -284,12 +291,25 @@ def _pieces(table: Array, n_kv_heads: int, tile: int, window: int) -> Any:
                     _write(pieces[at], i, head, first, end, max(0, past + first - window + 1), past + end, 1, 0)
                     at += 1
             else:
-                n_spans = -(-n_keys // _SPAN)
-                for start in range(length - n_keys, length, _SPAN):
-                    _write(pieces[at], i, head, 0, count, start, min(start + _SPAN, length), n_spans, n_parts)
+                n_spans = _count_spans(begin, length)
+                for end in range(begin // _SPAN * _SPAN + _SPAN, length + _SPAN, _SPAN):
+                    start = max(begin, end - _SPAN)
+                    _write(pieces[at], i, head, 0, count, start, min(end, length), n_spans, n_parts)
                     at += 1
                     n_parts += n_spans > 1
     return pieces, n_parts
+
+
+@compiled(inline=True)
+def _first_block(length: int, count: int, window: int) -> int:
+    """Return where the first block of keys begins that any of the last ``count`` of ``length`` positions sees."""
+    return max(0, length - count - window + 1) // _BLOCK * _BLOCK
+
+
+@compiled(inline=True)
+def _count_spans(begin: int, length: int) -> int:
+    """Return in how many spans there are positions from ``begin`` to before ``length``."""
+    return (length - 1) // _SPAN - begin // _SPAN + 1
 
 
 @compiled(inline=True)
@@ -305,7 +325,8 @@ def _write(
 def _merge(table: Array, pieces: Array, group: int, parts: Array, peaks: Array, totals: Array, context: Array) -> None:
     """Fill the rows of context (T, H, Dh) whose keys were split with the means of their parts.
 
-    A part counts for its total, in units of its peak.
+    A part counts for its total, in units of its peak. A span of which a query sees no key is no part of its mean; where
+    that leaves one, it is that one, bit by bit.
     """
     rows = peaks.shape[1] // group  # of a part
     gathered = np.empty(context.shape[2], np.float32)
@@ -315,15 +336,16 @@ def _merge(table: Array, pieces: Array, group: int, parts: Array, peaks: Array, 
         at += line[_SPANS]
         begin, end = line[_PART], line[_PART] + line[_SPANS]
         for m in range(sequence[_COUNT] * group if line[_SPANS] > 1 else 0):
-            peak = peaks[begin, m]
-            for part in range(begin + 1, end):
+            peak, n_seen = peaks[begin, m], 0
+            for part in range(begin, end):
                 peak = max(peak, peaks[part, m])
+                n_seen += totals[part, m] != 0
             gathered[:] = 0
             total = np.float32(0)
             for part in range(begin, end):
-                if totals[part, m] == 0:  # a span of which this query sees no key: its part is no number
+                if totals[part, m] == 0:  # its numbers are none
                     continue
-                weight = totals[part, m] * exp2(peaks[part, m] - peak)
+                weight = totals[part, m] * exp2(peaks[part, m] - peak) if n_seen > 1 else np.float32(1)
                 total += weight
                 for d in range(len(gathered)):
                     gathered[d] += weight * parts[part * rows + m // group, m % group, d]

@@ -1,10 +1,11 @@
 """One piece of attention for a few queries, as in decoding: keys and values stream by from memory, and are read once.
 
 See `npllama.kernels.attend_piece` for what a piece is, and how the softmax is done along the way. In vector registers,
-queries go through a block of keys in **parties** of four, or alone. Of as many keys as make sixteen scores with a
-party, the sums of all stay in registers (`npllama.kernels.simd_chunks`), and so do those of its queries over the values
-of a block, 64 numbers of a head at a time. A vector of scores is those of a key for each query, then those of the next
-key: a lane belongs to one query throughout.
+queries go through a block of keys in **parties** of four, filled up with zeros, or alone where each head has keys of
+its own: that decides the order of sums, so it does not depend on how many tokens there are. Of as many keys as make
+sixteen scores with a party, the sums of all stay in registers (`npllama.kernels.simd_chunks`), and so do those of its
+queries over the values of a block, 64 numbers of a head at a time. A vector of scores is those of a key for each query,
+then those of the next key: a lane belongs to one query throughout.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: 
     context goes into context (T, H, Dh) from a row and a head on; peaks and totals have a number for each query, row by
     row, and perhaps some more. Vector registers are used by name.
     """
-    head_dim, n_queries = q.shape[2], piece.rows * piece.group
+    head_dim, n_queries, size = q.shape[2], piece.rows * piece.group, 1 if piece.group == 1 else _PARTY
     width = (head_dim + _CHUNK - 1) // _CHUNK * _CHUNK
-    own, n_parties = 2 * _PARTY * width + _STATE, (n_queries + _PARTY - 1) // _PARTY
+    own, n_parties = 2 * size * width + _STATE, (n_queries + size - 1) // size
     room = aligned(n_parties * own + _BLOCK * _PARTY + _LANES * width + width, q)
     parties, padded = room[: n_parties * own].reshape(n_parties, own), room[len(room) - width :]
     room[:] = _ZERO
@@ -102,33 +103,27 @@ def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: 
     for m in range(n_queries):
         for d in range(head_dim):
             padded[d] = q[piece.row + m // piece.group, piece.head + m % piece.group, d] * scale
-        _write_lines(padded, m % _PARTY, _size_of(n_queries, m), like, address + 4 * own * (m // _PARTY))
+        _write_lines(padded, m % size, size, like, address + 4 * own * (m // size))
     for start in range(piece.start, piece.stop, _BLOCK):
-        for first in range(0, n_queries, _PARTY):
-            queries, size = address + 4 * own * (first // _PARTY), _size_of(n_queries, first)
-            sums, state = queries + 4 * _PARTY * width, queries + 8 * _PARTY * width
-            party = Party(first, head_dim, queries, sums, state, shared, shared + 4 * _BLOCK * _PARTY)
+        for p in range(n_parties):
+            queries = address + 4 * own * p
+            sums, state = queries + 4 * size * width, queries + 8 * size * width
+            party = Party(size * p, head_dim, queries, sums, state, shared, shared + 4 * _BLOCK * _PARTY)
             if size == 4:
                 _pass_block(4, 16, piece, like, start, party)
             else:
                 _pass_block(1, 4, piece, like, start, party)
     highest, totals = np.empty(n_queries, np.float32), np.empty(n_queries, np.float32)
     for m in range(n_queries):
-        p, query, size = m // _PARTY, m % _PARTY, _size_of(n_queries, m)
+        p, query = m // size, m % size
         highest[m], totals[m] = parties[p, own - _STATE + query], _ZERO
         for lane in range(query, _LANES, size):
             totals[m] += parties[p, own - _STATE + _LANES + lane]
-        sums, part = address + 4 * own * p + 4 * _PARTY * width, _ONE / totals[m]
+        sums, part = address + 4 * own * p + 4 * size * width, _ONE / totals[m]
         _read_lines(sums, query, size, like, padded)
         for d in range(head_dim):
             context[row + m // piece.group, head + m % piece.group, d] = padded[d] * part
     return highest, totals
-
-
-@compiled(inline=True)
-def _size_of(n_queries: int, m: int) -> int:
-    """Return with how many queries the party of query m goes through the keys; those that are too many are zeros."""
-    return 1 if n_queries - m // _PARTY * _PARTY == 1 else _PARTY
 
 
 @compiled()

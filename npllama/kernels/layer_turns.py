@@ -8,8 +8,7 @@ import numpy as np
 from numba import prange
 
 from npllama.dtypes import Array
-from npllama.kernels.attend import _TILE as _TILE_OF_QUERIES
-from npllama.kernels.attend import _UNLIMITED, _merge, _pieces
+from npllama.kernels.attend import _UNLIMITED, _merge, _pieces, rows_of_tile
 from npllama.kernels.by_address import call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.layer_rows import fetch, no_part
@@ -81,7 +80,7 @@ def count_units(plan: Plan, sequences: Array, windows: Array) -> Any:
 
 @compiled(inline=True)
 def _queries_of_a_tile(plan: Plan) -> int:
-    return max(1, _TILE_OF_QUERIES // (plan.n_heads // plan.n_kv_heads))
+    return rows_of_tile(plan.n_heads // plan.n_kv_heads)
 
 
 @compiled(parallel=True)

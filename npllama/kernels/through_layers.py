@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from npllama.dtypes import PACKINGS, Array
 from npllama.kernels import byte_rows, vector_rows
 from npllama.kernels.activation import _KINDS
-from npllama.kernels.attend import _TILE, _UNLIMITED, piece_for
+from npllama.kernels.attend import _UNLIMITED, piece_for, rows_of_tile
 from npllama.kernels.by_address import address_of
 from npllama.kernels.byte_rows import Rows
 from npllama.kernels.features import choose, host_features
@@ -181,7 +181,7 @@ class ThroughLayers:
     def _shared(self, x: Array, n_parts: int, most: int, n_counters: int) -> Shared:
         config, n_new = self._config, len(x)
         group = config.n_heads // config.n_kv_heads
-        part_rows = min(most, max(1, _TILE // group))
+        part_rows = min(most, rows_of_tile(group))
         width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
         def rows(*shape: int) -> Array:

@@ -94,6 +94,23 @@ def test_few_queries_in_a_cache_with_room_for_more(path: str | None, dtype: type
         assert_close(attending(path).attention(q, *stored, untapped, window=window), expected)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (4, 1), (5, 1), (24, 1)])
+@pytest.mark.parametrize(
+    ("n_new", "n_past", "window"), [(2, 0, None), (9, 505, None), (16, 60, None), (16, 1020, None), (9, 700, 150)]
+)
+def test_up_to_16_tokens_get_the_bits_that_each_gets_after_the_other(
+    path: str | None, heads: tuple[int, int], n_new: int, n_past: int, window: int | None
+) -> None:
+    q, keys, values = qkv(n_new, n_past, heads, 64)
+    attend = attending(path).attention
+    together = attend(q, keys, values, untapped, window=window)
+    for t in range(n_new):
+        seen = n_past + t + 1
+        alone = attend(q[t : t + 1], keys[:seen], values[:seen], untapped, window=window)
+        np.testing.assert_array_equal(together[t], alone[0])
+
+
 AT_THE_END = """
 import ctypes, mmap
 import ml_dtypes
