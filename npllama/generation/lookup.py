@@ -16,7 +16,8 @@ class Lookup:
     so. Known as prompt-lookup decoding.
 
     Guesses that are wrong cost time. After one that was wrong from its first token on there is none for a token, then
-    for two, four, and so on up to 16, until one is right again.
+    for two, four, and so on up to 16, until one is right again; and each makes the next half as long, as one whose
+    first token was right makes it twice as long.
 
     Parameters
     ----------
@@ -31,6 +32,7 @@ class Lookup:
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token behind its latest place
         self._guess: int | None = None  # first token of a draft that is not judged yet
+        self._longest = size  # tokens of the next draft
         self._pause = 0  # tokens that the latest pause took, 0 if the latest draft was right
         self._rest = 0  # tokens of it to come
         for token in tokens:
@@ -41,7 +43,10 @@ class Lookup:
         if self._size == 0:
             return
         if self._guess is not None:
-            self._pause = 0 if token == self._guess else min(max(1, 2 * self._pause), _LONGEST_PAUSE)
+            if token == self._guess:
+                self._longest, self._pause = min(2 * self._longest, self._size), 0
+            else:
+                self._longest, self._pause = max(1, self._longest // 2), min(max(1, 2 * self._pause), _LONGEST_PAUSE)
             self._rest = self._pause
             self._guess = None
         elif self._rest:
@@ -52,7 +57,7 @@ class Lookup:
 
     def draft(self, limit: int) -> list[int]:
         """Guess how the text goes on, by at most ``limit`` tokens."""
-        length = min(self._size, limit)
+        length = min(self._longest, limit)
         if length <= 0 or self._rest:
             return []
         begin = next((self._followers[gram] for gram in self._last_grams() if gram in self._followers), None)

@@ -77,6 +77,18 @@ def test_after_wrong_drafts_there_are_ever_longer_pauses_until_one_is_right() ->
     assert lookup.draft(9)
 
 
+def test_a_wrong_draft_halves_the_next_and_a_right_one_doubles_it() -> None:
+    lookup, lengths = Lookup([0, 1, 0, 0, 1, 1, 0], 8), []
+    for is_right in (False, False, False, False, True, True, True, True, False):
+        draft: list[int] = []
+        while not draft:
+            draft = lookup.draft(9)
+            lookup.add((draft[0] if is_right else 1 - draft[0]) if draft else 0)
+        lengths.append(len(draft))
+    assert lengths == [8, 4, 2, 1, 1, 2, 4, 8, 8]
+    assert Lookup([1, 1], 0).draft(9) == []
+
+
 # --- what comes of it ---------------------------------------------------------------------------------------------
 
 
