@@ -16,6 +16,12 @@ from npllama.errors import ContextOverflowError, ParameterError
 CACHE_DTYPES = ("float32", "bfloat16")
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise ParameterError unless a `KVCache` can keep keys and values in a dtype."""
+    if dtype not in CACHE_DTYPES:
+        raise ParameterError(f"the cache's dtype is {dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
+
+
 class KVCache:
     """Rotated keys and values of every layer, for one sequence.
 
@@ -64,8 +70,7 @@ class KVCache:
                 f"a cache of {capacity} positions was asked for, but the model's context is {config.max_seq_len}",
                 remedy="Shorten the prompt or ask for fewer new tokens.",
             )
-        if dtype not in CACHE_DTYPES:
-            raise ParameterError(f"the cache's dtype is {dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
+        check_dtype(dtype)
         self.capacity = capacity
         self.length = 0
         self.dtype = dtype

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from npllama import ops
-from npllama.cache import CACHE_DTYPES
+from npllama.cache import check_dtype
 from npllama.checkpoint.store import Store
 from npllama.engine import Model
 from npllama.errors import BackendError, ParameterError
@@ -80,8 +80,7 @@ def load(
         raise ParameterError(f"kernels were chosen ({kernels!r}), but the backend is {backend!r}, which has none")
     if activations not in ACTIVATIONS:
         raise ParameterError(f"the activations are {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if cache_dtype not in CACHE_DTYPES:
-        raise ParameterError(f"the cache's dtype is {cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
+    check_dtype(cache_dtype)
     if activations != "float32" and backend == "float64":
         raise ParameterError(f"activations were rounded to {activations}, but the float64 backend is the truth")
     operations: Any = ops

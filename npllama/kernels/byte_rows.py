@@ -17,8 +17,8 @@ the highest digits, or with -8 times the integers; of int4, which then lies arou
 ``(minimum + 8 scale) · sum of the token's group`` for the row's sum.
 
 Two rows, a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that a line which was loaded is
-multiplied several times. One token of one digit waits for memory alone: it meets them one by one, a single stream.
-Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
+multiplied several times. Where the party is one token of one digit, only memory is waited for: it meets rows one by
+one, a single stream. Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
 cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.

@@ -134,12 +134,13 @@ class ThroughLayers:
         starts, n_parts = count_units(plan, sequences, self._windows)
         shared = self._shared(x, n_parts, max(counts), len(starts))
         cos, sin = (np.ascontiguousarray(table, np.float32) for table in rope)
+        shapes = _shapes(len(x))
         arguments = (
             *(plan, shared, self._layers, self._windows, sequences, cos, sin),
-            *(_shapes(len(x)), starts, _NUMBERS, _STORED[dtype]),
+            *(shapes, starts, _NUMBERS, _STORED[dtype]),
         )
         if dtype not in self._works:  # other types are always the same
-            works = self._find_works(plan, shared, sequences, _shapes(len(x)), dtype)
+            works = self._find_works(plan, shared, sequences, shapes, dtype)
             self._works[dtype] = works, address_of(take_units, *arguments, works)
         run_units(*arguments, *self._works[dtype])
         return shared.x
@@ -147,7 +148,9 @@ class ThroughLayers:
     def _find_works(self, plan: Plan, shared: Shared, sequences: NDArray[np.int64], shapes: Array, dtype: str) -> Works:
         """Compile what units call, and return where it is."""
         own, part = own_of(plan, sequences, _NUMBERS), Part(1, 1, Rows(1, 1, 1))
-        entering, has_tiles = (plan, shared, own, self._layers[0], 1), "tiles" in self._ways.values()
+        entering = plan, shared, own, self._layers[0], 1
+        has_tiles = "tiles" in self._ways.values()
+        # First: of the two processes that compile for a model, the other one begins with the products.
         attend = piece_for(_STORED[dtype].dtype.name, True)
         ways = table_of(self._ways, own.normed, own.inputs, own.block)
         return Works(

@@ -86,7 +86,6 @@ def test_a_wrong_draft_halves_the_next_and_a_right_one_doubles_it() -> None:
             lookup.add((draft[0] if is_right else 1 - draft[0]) if draft else 0)
         lengths.append(len(draft))
     assert lengths == [8, 4, 2, 1, 1, 2, 4, 8, 8]
-    assert Lookup([1, 1], 0).draft(9) == []
 
 
 # --- what comes of it ---------------------------------------------------------------------------------------------
