@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from npllama.config import ModelConfig
 from npllama.dtypes import Array, bfloat16
 from npllama.errors import ContextOverflowError, ParameterError
+from npllama.pages import untouched_zeros
 
 #: What a `KVCache` can keep keys and values in.
 CACHE_DTYPES = ("float32", "bfloat16")
@@ -154,7 +155,7 @@ class KVCache:
         if self.dtype == "bfloat16":
             appended = bfloat16()
         config = self._config
-        return np.zeros((2, config.n_layers, config.n_kv_heads, self.capacity, config.head_dim), appended)
+        return untouched_zeros((2, config.n_layers, config.n_kv_heads, self.capacity, config.head_dim), appended)
 
     def advance(self, n_new: int) -> None:
         """Count ``n_new`` positions, written in every layer, as seen."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import re
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,6 +39,25 @@ def test_memory_is_taken_at_the_first_append_in_its_dtype() -> None:
     assert cache.nbytes == 0
     cache.append(0, rows(1, 0, np.float64), rows(1, 0, np.float64))
     assert cache.nbytes == 2 * CONFIG.n_layers * 8 * CONFIG.n_kv_heads * CONFIG.head_dim * 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what memory is taken")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_room_for_a_long_text_takes_memory_only_for_what_is_there(dtype: str) -> None:
+    config = loud_config(max_seq_len=1 << 17)
+    before = resident_bytes()
+    cache = KVCache(config, 1 << 17, dtype)
+    for layer in range(config.n_layers):
+        cache.append(layer, rows(1, 1), rows(1, 1))
+    rows_written = 2 * config.n_layers * config.n_kv_heads
+    assert cache.nbytes > 30 << 20
+    assert resident_bytes() - before < (4 << 20) + rows_written * mmap.PAGESIZE
+
+
+def resident_bytes() -> int:
+    """Return how much memory of its own this process holds."""
+    (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(kilobytes)
 
 
 def test_a_full_cache_names_both_numbers_and_what_to_do() -> None:

@@ -1,0 +1,44 @@
+"""Memory in pages that the system hands out one by one, as they are first written."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+
+from npllama.dtypes import Array
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return zeros that take memory where something is written, a small page at a time.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of one number at least.
+    dtype : numpy dtype
+
+    Returns
+    -------
+    ndarray
+        Lies where a page begins.
+
+    Raises
+    ------
+    MemoryError
+        The system has no such room.
+
+    Notes
+    -----
+    `numpy.zeros` asks Linux for huge pages, 2 MB each. Where a few rows are written in each of many places, as in a
+    `KVCache` with room for a long text, it takes all of its memory at once then, and the time to clear it.
+    """
+    size = int(np.prod(shape)) * dtype.itemsize
+    try:
+        pages = mmap.mmap(-1, size)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no room for {size} bytes") from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)
