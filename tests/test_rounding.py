@@ -119,6 +119,27 @@ def test_the_kernels_round_as_the_textbook_does(activations: str, shape: tuple[i
         np.testing.assert_array_equal(np.signbit(mine) & ~np.isnan(mine), np.signbit(theirs) & ~np.isnan(theirs))
 
 
+def test_vector_registers_round_a_group_to_int8_as_plain_loops_do() -> None:
+    from npllama.kernels.rounded import int8_lanes, int8_step
+
+    if not PATHS["avx512"] <= host_features():
+        pytest.skip("this processor has no such instructions")
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 1 << 32, (300, GROUP), dtype=np.uint32).view(np.float32)
+    of_any_size = rng.standard_normal((300, GROUP), np.float32) * np.ldexp(1.0, rng.integers(-110, 120, (300, 1)))
+    special = rng.choice(np.float32([0, -0.0, 3.4e38, 1e-45, 1e-31, 1]), (300, GROUP))
+    ties = np.hstack([np.full((300, 1), 127), rng.integers(-254, 255, (300, GROUP - 1)) / 2])
+    rows = np.concatenate([patterns, of_any_size.astype("f"), special, ties.astype("f"), np.zeros((1, GROUP), "f")])
+    rows[::7, 5], rows[3::7, 6] = np.nan, -np.inf
+    plain, lanes = np.full((2, GROUP), 99, np.int8)
+    for row in rows:
+        step, total = int8_step(row, plain)
+        found = int8_lanes(row.ctypes.data, lanes.ctypes.data)
+        np.testing.assert_array_equal(found, (step, total))
+        np.testing.assert_array_equal(lanes, plain)
+        assert total == plain.sum(dtype=np.int64)
+
+
 def test_both_sides_know_the_same_roundings() -> None:
     from npllama.kernels.rounded import ROUNDINGS as KERNELS
 

@@ -24,7 +24,7 @@ from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
 from npllama.kernels.digits import integers_of
 from npllama.kernels.jit import compiled
-from npllama.kernels.rounded import int8_step
+from npllama.kernels.rounded import int8_lanes
 from npllama.kernels.simd_quantised import shift_right, store_low_bytes, subtract
 from npllama.kernels.vector_rows import tokens_of
 
@@ -107,7 +107,7 @@ def party_at(address: int, groups: int, is_int4: bool, places: Any, first: int, 
 def take_apart(x: Array, is_int4: bool, places: Any, room: Array) -> None:
     """Write tokens x (T, N) as integers to their room, as many int8 as `tokens_bytes` says, aligned to cache lines."""
     n_new, groups = x.shape[0], (x.shape[1] + GROUP - 1) // GROUP
-    group, integers = np.zeros(GROUP, np.float32), np.zeros(GROUP, np.int32)
+    group, integers, small = np.zeros(GROUP, np.float32), np.zeros(GROUP, np.int32), np.zeros(GROUP, np.int8)
     size = line_bytes(is_int4, places)
     room[:] = 0
     for t in range(n_new):
@@ -119,7 +119,7 @@ def take_apart(x: Array, is_int4: bool, places: Any, room: Array) -> None:
             for j in range(width):
                 group[j] = x[t, GROUP * g + j]
             group[width:] = 0
-            step, total = _integers_of(group, places, integers)
+            step, total = _integers_of(group, places, integers, small)
             number = (t - first) * party.pitch + 4 * g
             simd.store_one(party.steps, number, step)
             simd.store_one(party.sums, number, np.float32(total) * step)
@@ -131,15 +131,16 @@ def take_apart(x: Array, is_int4: bool, places: Any, room: Array) -> None:
 
 
 @compiled()
-def _integers_of(group: Array, places: Any, integers: Array) -> Any:
-    """Fill integers (64,), int32, with what the numbers of a group are; return their step and their sum."""
+def _integers_of(group: Array, places: Any, integers: Array, small: Array) -> Any:
+    """Fill integers (64,), int32, with what the numbers of a group are; return their step and their sum.
+
+    ``small`` is room for 64 int8.
+    """
     if len(places) > 1:
         return integers_of(group, integers)
-    small, total = np.empty(GROUP, np.int8), np.int32(0)
-    step = int8_step(group, small)
+    step, total = int8_lanes(np.int64(group.ctypes.data), np.int64(small.ctypes.data))
     for j in range(GROUP):
         integers[j] = small[j]
-        total += np.int32(small[j])
     return step, total
 
 

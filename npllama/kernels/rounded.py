@@ -13,8 +13,18 @@ import numpy as np
 from numba import types
 
 from npllama.dtypes import GROUP, Array
+from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.llvm import intrinsic
+from npllama.kernels.simd_quantised import (
+    larger,
+    largest_lane,
+    load_floats,
+    magnitudes,
+    store_low_bytes,
+    sum_of_lanes,
+    to_integers,
+)
 
 _HIGHEST = np.float32(127)
 #: Bits of 2**-100, below which a group becomes zeros, and of infinity.
@@ -59,31 +69,52 @@ def rounded_to_int8(x: Array) -> Array:
 @compiled()
 def round_groups(x: Array, y: Array) -> None:
     """Do what `rounded_to_int8` does to rows (T, N)."""
-    integers = np.empty(GROUP, np.int8)
+    group, integers = np.empty(GROUP, np.float32), np.empty(GROUP, np.int8)
     for i in range(x.shape[0]):
         for first in range(0, x.shape[1], GROUP):
-            step, group = int8_step(x[i, first : first + GROUP], integers), y[i, first : first + GROUP]
-            for j in range(len(group)):
-                group[j] = multiplied(np.float32(integers[j]), step)
+            width = min(GROUP, x.shape[1] - first)
+            group[:width], group[width:] = x[i, first : first + width], 0
+            step, _ = int8_step(group, integers)
+            for j in range(width):
+                y[i, first + j] = multiplied(np.float32(integers[j]), step)
 
 
 @compiled()
 def int8_step(group: Array, integers: Array) -> Any:
-    """Write what the numbers of a group (up to 64) are rounded to as int8, and return the step (float32).
+    """Write what 64 numbers are rounded to as int8; return the step (float32), and the sum of the integers (int32).
 
     The step is 0 for a group that becomes zeros, and NaN for one that becomes NaN; the integers are zeros then.
     """
     bits, most = group.view(np.uint32), np.uint32(0)
-    for j in range(len(group)):
+    for j in range(GROUP):
         most = max(most, np.uint32(bits[j] & _MAGNITUDE))  # in this order a NaN is above all numbers
     if most < _TINY or most >= _INFINITY:
-        integers[: len(group)] = 0
-        return np.float32(0) if most < _TINY else np.float32(np.nan)
+        integers[:GROUP] = 0
+        return np.float32(0) if most < _TINY else np.float32(np.nan), np.int32(0)
     largest = np.uint32(most).view(np.float32)
-    scale = divided(_HIGHEST, largest)
-    for j in range(len(group)):
-        integers[j] = np.int8(np.rint(multiplied(group[j], scale)))
-    return divided(largest, _HIGHEST)
+    scale, total = divided(_HIGHEST, largest), np.int32(0)
+    for j in range(GROUP):
+        integer = np.int32(np.rint(multiplied(group[j], scale)))
+        total += integer
+        integers[j] = integer
+    return divided(largest, _HIGHEST), total
+
+
+@compiled()
+def int8_lanes(numbers: int, integers: int) -> Any:
+    """Do `int8_step` to 64 float32 at one address, with 64 bytes at another, in vector registers by name."""
+    a, b, c, d = load_floats(numbers, 0), load_floats(numbers, 64), load_floats(numbers, 128), load_floats(numbers, 192)
+    most = np.uint32(largest_lane(larger(larger(magnitudes(a), magnitudes(b)), larger(magnitudes(c), magnitudes(d)))))
+    if most < _TINY or most >= _INFINITY:
+        simd.store(integers, 0, simd.broadcast(np.int32(0)))
+        return np.float32(0) if most < _TINY else np.float32(np.nan), np.int32(0)
+    largest = np.uint32(most).view(np.float32)
+    scale = simd.broadcast(divided(_HIGHEST, largest))
+    i, j = to_integers(simd.multiply(a, scale)), to_integers(simd.multiply(b, scale))
+    k, m = to_integers(simd.multiply(c, scale)), to_integers(simd.multiply(d, scale))
+    store_low_bytes(integers, 0, i), store_low_bytes(integers, 16, j)
+    store_low_bytes(integers, 32, k), store_low_bytes(integers, 48, m)
+    return divided(largest, _HIGHEST), sum_of_lanes(simd.add(simd.add(i, j), simd.add(k, m)))
 
 
 #: What the inputs of products can be rounded to -> how. See `npllama.rounding.ROUNDINGS`.

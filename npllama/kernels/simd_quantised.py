@@ -125,6 +125,60 @@ def subtract(context: Any, a: Any, b: Any) -> Any:
     return INTS(INTS, INTS), code
 
 
+@intrinsic
+def magnitudes(context: Any, vector: Any) -> Any:
+    """``magnitudes(vector)``: the bits of sixteen float32 without their signs, as int32. VPANDD.
+
+    They have the order of the numbers, with NaN above all.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], INT_VECTOR)
+        return builder.and_(bits, ir.Constant(INT_VECTOR, [0x7FFFFFFF] * 16))
+
+    return INTS(FLOATS), code
+
+
+@intrinsic
+def to_integers(context: Any, vector: Any) -> Any:
+    """``to_integers(vector)``: sixteen float32 as the nearest int32, ties to even. VRNDSCALEPS, VCVTTPS2DQ."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fptosi(call(builder, "llvm.rint.v16f32", FLOAT_VECTOR, *arguments), INT_VECTOR)
+
+    return INTS(FLOATS), code
+
+
+@intrinsic
+def larger(context: Any, a: Any, b: Any) -> Any:
+    """``larger(a, b)``: lane by lane, of two int32 vectors. VPMAXSD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return call(builder, "llvm.smax.v16i32", INT_VECTOR, *arguments)
+
+    return INTS(INTS, INTS), code
+
+
+@intrinsic
+def largest_lane(context: Any, vector: Any) -> Any:
+    """``largest_lane(vector)``: of sixteen int32, in pairs of halves. VPMAXSD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return call(builder, "llvm.vector.reduce.smax.v16i32", WORD, *arguments)
+
+    return types.int32(INTS), code
+
+
+@intrinsic
+def sum_of_lanes(context: Any, vector: Any) -> Any:
+    """``sum_of_lanes(vector)``: of sixteen int32, in pairs of halves. VPADDD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return call(builder, "llvm.vector.reduce.add.v16i32", WORD, *arguments)
+
+    return types.int32(INTS), code
+
+
 @intrinsic(prefer_literal=True)
 def shift_right(context: Any, vector: Any, count: Any) -> Any:
     """``shift_right(vector, count)``: int32 lanes by a literal count, keeping their signs. VPSRAD."""

@@ -111,6 +111,21 @@ def store_sums(context: Any, address: Any, sums: Any) -> Any:
 
 
 @intrinsic
+def stream(context: Any, address: Any, vector: Any) -> Any:
+    """``stream(address, vector)``: write a whole cache line, past the caches. VMOVNTPS.
+
+    A line that is written as usual is read before: half of what memory then does. The address is a multiple of 64.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        written = builder.store(arguments[1], _at(builder, arguments[0], 0, vector.llvm), align=_LINE)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(WORD, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, vector), code
+
+
+@intrinsic
 def add_to_memory(context: Any, address: Any, sums: Any) -> Any:
     """``add_to_memory(address, sums)``: add float32 sums to as many vectors there. VADDPS."""
 

@@ -48,6 +48,7 @@ from npllama.kernels.simd_sums import (
     outer_bytes,
     outer_floats,
     outer_pairs,
+    stream,
 )
 from npllama.kernels.vector_squares import (
     BEGIN,
@@ -56,7 +57,6 @@ from npllama.kernels.vector_squares import (
     INPUT_LINES,
     LINE,
     MIDDLE,
-    PAIRS,
     SCALE,
     SIDE,
     SQUARE,
@@ -137,7 +137,7 @@ def _take_fields(task: Task, packed: Array, n_new: int, first: int, counter: Arr
     """Multiply fields until there are none left."""
     most, per_chunk = (task.blocks + task.fields - 1) // task.fields, chunk_groups(task.kind)
     chunk_bytes = per_chunk * weight_bytes(task.kind)
-    laid, lying = aligned(most * chunk_bytes, packed), aligned(8 * SQUARE, packed)
+    laid, room = aligned(most * chunk_bytes, packed), aligned(8 * SQUARE, packed)
     sums = aligned(most * task.panels * SIDE * SIDE, _FLOAT)
     field = fetch_add(counter, 0, 1)
     while field < task.fields:
@@ -146,7 +146,7 @@ def _take_fields(task: Task, packed: Array, n_new: int, first: int, counter: Arr
         for start in range(0, task.groups, per_chunk):
             stop = min(start + per_chunk, task.groups)
             for block in range(begin, end):
-                lay_out(task, block, start, stop, lying, laid[(block - begin) * chunk_bytes :])
+                lay_out(task, block, start, stop, room, laid[(block - begin) * chunk_bytes :])
             _multiply_chunk(task, start, stop, begin, end, laid, chunk_bytes, packed, sums)
         _deliver(task, begin, end, sums, n_new, first)
         field = fetch_add(counter, 0, 1)
@@ -211,13 +211,14 @@ def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums:
     """Do the same with integers, group by group."""
     size = squares(kind) * SQUARE
     if kind == BYTES:
-        _add_half(weights, x, groups, sums)
-        _add_half(weights, x + LINE // 2, groups, sums + SQUARE // 2)
+        _add_half(weights, x, groups, form, sums)
+        _add_half(weights, x + LINE // 2, groups, form, sums + SQUARE // 2)
+        return
     for _ in range(groups):
         scales, steps = weights + size, x + size
         if kind == FLOATS:
             add_scaled_to_memory(sums, _add_floats(no_sums(SIDE), weights, x), load_floats(scales, SCALE))
-        elif kind == PAIRS:
+        else:
             add_scaled_to_memory(sums, _add_pairs(no_sums(SIDE), weights, x), load_floats(scales, SCALE))
         if has_minima(form):
             add_outer_to_memory(sums, load_floats(scales, MIDDLE), steps + SUM)
@@ -225,13 +226,15 @@ def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums:
 
 
 @compiled()
-def _add_half(weights: int, x: int, groups: int, sums: int) -> None:
+def _add_half(weights: int, x: int, groups: int, form: int, sums: int) -> None:
     """Do it for bytes and half of a panel: so its sums of a group and those of the groups before are in registers."""
     totals = no_sums(_HALF)
     for _ in range(groups):
         steps = x + SQUARE
         tile = _add_bytes(first_sums(steps + BEGIN, _HALF), weights, x)
         totals = add_stepped(totals, tile, load_floats(weights, SQUARE + SCALE), steps + STEP)
+        if has_minima(form):
+            totals = outer_floats(totals, weights + SQUARE + MIDDLE, steps + SUM)
         weights += SQUARE + WEIGHT_LINES
         x += SQUARE + INPUT_LINES
     add_to_memory(sums, totals)
@@ -260,13 +263,19 @@ def _add_bytes(tile: Any, weights: int, x: int) -> Any:
 
 @compiled()
 def _deliver(task: Task, begin: int, end: int, sums: Array, n_new: int, first: int) -> None:
-    """Write the sums of a field to the outputs, those of one token after the other."""
+    """Write the sums of a field to the outputs, those of one token after the other.
+
+    Nobody reads them before much else has been written: where they are whole cache lines, they go past the caches. To
+    other threads they are there after the next `fetch_add`.
+    """
     for t in range(min(SIDE * task.panels, n_new)):
         for block in range(begin, end):
             job, row = job_of(task.jobs, block, SIDE)
             at = SIDE * (((block - begin) * task.panels + t // SIDE) * SIDE + t % SIDE)
             output = job[OUTPUT] + 4 * ((first + t) * job[ROWS] + row)
-            if row + SIDE <= job[ROWS]:
+            if row + SIDE <= job[ROWS] and output % LINE == 0:
+                stream(output, simd.load(sums, at))
+            elif row + SIDE <= job[ROWS]:
                 simd.store(output, 0, simd.load(sums, at))
             else:
                 for i in range(job[ROWS] - row):

@@ -28,8 +28,16 @@ from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
 from npllama.kernels.memory import aligned
-from npllama.kernels.rounded import int8_step
-from npllama.kernels.simd_quantised import high_nibbles, load_half, load_integers, load_one_byte, low_nibbles
+from npllama.kernels.rounded import int8_lanes
+from npllama.kernels.simd_quantised import (
+    high_nibbles,
+    load_first_bfloat16,
+    load_floats,
+    load_half,
+    load_integers,
+    load_one_byte,
+    low_nibbles,
+)
 from npllama.kernels.simd_words import bfloat16_of, int8_of, nibble_of, pair_of
 
 #: How products are computed.
@@ -130,151 +138,202 @@ def stored_bytes(form: int) -> int:
 @compiled()
 def pack_panel(x: Array, packed: Array, task: Task, panel: int) -> None:
     """Lay out one panel: tokens that are not there are zeros. Chunks come first, then panels, then groups."""
-    token, size, per_chunk = SIDE * panel, input_bytes(task.kind), chunk_groups(task.kind)
-    group, integers = np.zeros(GROUP, np.float32), np.empty(GROUP, np.int8)
-    lying = aligned(4 * SQUARE, packed)
+    per_chunk = chunk_groups(task.kind)
+    lying, group = aligned(_CHUNK * SQUARE, packed), np.zeros(GROUP, np.float32)
     lying[:] = 0
-    for g in range(task.groups):
-        chunk = g // per_chunk * per_chunk
-        at = size * (task.panels * chunk + panel * min(per_chunk, task.groups - chunk) + g - chunk)
-        lines = at + squares(task.kind) * SQUARE
-        packed[lines : lines + INPUT_LINES] = 0
-        for t in range(max(0, min(SIDE, len(x) - token))):
-            _copy(x, (token + t) * task.width + GROUP * g, min(GROUP, task.width - GROUP * g), group)
-            line, total = LINE * t, np.float32(0)
-            if task.kind == FLOATS:
-                for s in range(4):
-                    simd.store(lying, s * SQUARE + line, simd.load(group, SIDE * s))
-            elif task.kind == PAIRS:
-                simd.store(lying, line, simd.to_bfloat16(simd.load(group, 0), simd.load(group, 16)))
-                simd.store(lying, SQUARE + line, simd.to_bfloat16(simd.load(group, 32), simd.load(group, 48)))
-            else:
-                step, whole = int8_step(group, integers), np.int32(0)
-                for j in range(GROUP):
-                    whole += np.int32(integers[j])
-                total = np.float32(whole) * step
-                simd.store(lying, line, simd.load(integers, 0))
-                simd.store_one(packed, lines + STEP + 4 * t, step)
-                simd.store_one(packed, lines + BEGIN + 4 * t, np.int32(-_offset(task.form) * whole))
-            if task.form == _INT4:
-                if task.kind == FLOATS:
-                    total = _sum(simd.load(group, 0), simd.load(group, 16), simd.load(group, 32), simd.load(group, 48))
-                elif task.kind == PAIRS:
-                    first, second = load_integers(lying, line), load_integers(lying, SQUARE + line)
-                    total = _sum(
-                        bfloat16_of(first, 0), bfloat16_of(first, 1), bfloat16_of(second, 0), bfloat16_of(second, 1)
-                    )
-                simd.store_one(packed, lines + SUM + 4 * t, total)
-        for s in range(squares(task.kind)):
-            simd.transpose(lying, s * SQUARE, LINE, packed, at + s * SQUARE, LINE)
+    for start in range(0, task.groups, per_chunk):
+        count = min(per_chunk, task.groups - start)
+        at = input_bytes(task.kind) * (task.panels * start + panel * count)
+        _pack_chunk(x, task, panel, start, count, lying, group, packed[at:])
+
+
+@compiled()
+def _pack_chunk(
+    x: Array, task: Task, panel: int, start: int, count: int, lying: Array, group: Array, packed: Array
+) -> None:
+    """Lay out so many groups of a panel.
+
+    A token's numbers are read as far as the chunk goes, as they lie; then those of all tokens are turned together.
+    ``lying`` holds nothing but zeros where no token is, and ``group`` has room for 64 numbers.
+    """
+    numbers, rows, out = np.int64(x.ctypes.data), np.int64(lying.ctypes.data), np.int64(packed.ctypes.data)
+    size, side = input_bytes(task.kind), squares(task.kind) * SQUARE
+    n_there = max(0, min(SIDE, len(x) - SIDE * panel))
+    for t in range(n_there):
+        for g in range(count):
+            first, n_left = (SIDE * panel + t) * task.width + GROUP * (start + g), task.width - GROUP * (start + g)
+            here = numbers + 4 * first
+            if n_left < GROUP:
+                _copy(x, first, n_left, group)
+                here = np.int64(group.ctypes.data)
+            _pack_group(here, task, rows + g * side + LINE * t, out + g * size + side + 4 * t)
+    for g in range(count):
+        to = out + g * size
+        for square in range(0, side, SQUARE):
+            simd.transpose(rows + g * side, square, LINE, to, square, LINE)
+        for place in range(side, size, LINE):
+            for t in range(n_there, SIDE):
+                simd.store_one(to, place + 4 * t, np.float32(0))
 
 
 @compiled(inline=True)
-def _sum(a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Return the sum of all lanes."""
-    return simd.add_lanes(simd.add(simd.add(a, b), simd.add(c, d)))
-
-
-@compiled(inline=True)
-def _copy(x: Array, at: int, count: int, group: Array) -> None:
-    """Copy up to 64 numbers, and zeros behind them."""
-    if count == GROUP:
-        for j in range(0, GROUP, SIDE):
-            simd.store(group, j, simd.load(x, at + j))
+def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
+    """Write a token's group, 64 numbers at an address, as a line of each square, and what stands behind the squares."""
+    total = np.float32(0)
+    if task.kind == BYTES:
+        step, whole = int8_lanes(numbers, line)
+        simd.store_one(behind, STEP, step)
+        simd.store_one(behind, BEGIN, np.int32(-_offset(task.form) * whole))
+        total = np.float32(whole) * step
     else:
-        numbers = x.reshape(-1)
-        for j in range(GROUP):
-            group[j] = numbers[at + j] if j < count else np.float32(0)
+        a, b, c, d = (
+            load_floats(numbers, 0),
+            load_floats(numbers, LINE),
+            load_floats(numbers, 2 * LINE),
+            load_floats(numbers, 3 * LINE),
+        )
+        if task.kind == FLOATS:
+            simd.store(line, 0, a), simd.store(line, SQUARE, b)
+            simd.store(line, 2 * SQUARE, c), simd.store(line, 3 * SQUARE, d)
+        else:
+            simd.store(line, 0, simd.to_bfloat16(a, b))
+            simd.store(line, SQUARE, simd.to_bfloat16(c, d))
+            first, second = load_integers(line, 0), load_integers(line, SQUARE)
+            a, b, c, d = bfloat16_of(first, 0), bfloat16_of(first, 1), bfloat16_of(second, 0), bfloat16_of(second, 1)
+        if has_minima(task.form):
+            total = simd.add_lanes(simd.add(simd.add(a, b), simd.add(c, d)))
+    simd.store_one(behind, SUM, total)
+
+
+@compiled()
+def _copy(x: Array, at: int, count: int, group: Array) -> None:
+    """Copy fewer than 64 numbers, and zeros behind them."""
+    numbers = x.reshape(-1)
+    for j in range(GROUP):
+        group[j] = numbers[at + j] if j < count else np.float32(0)
 
 
 # --- the weights ------------------------------------------------------------------------------------------------
 
 
 @compiled()
-def lay_out(task: Task, block: int, start: int, stop: int, lying: Array, laid: Array) -> None:
+def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Array) -> None:
     """Write the groups from ``start`` to ``stop`` of a block's rows as squares, with their scales and minima.
 
-    ``lying`` has room for eight squares. A block of fewer than 16 rows has its last row several times.
+    ``room`` is that of eight squares. A block of fewer than 16 rows has its last row several times.
     """
     job, row = job_of(task.jobs, block, SIDE)
-    turned = lying[4 * SQUARE :]
-    size = stored_bytes(task.form)
-    for g in range(start, stop):
-        out = laid[(g - start) * weight_bytes(task.kind) :]
-        _gather(task, job, row, g, size, lying)
-        if task.form == _FLOAT32 or (task.form == _BFLOAT16 and task.kind == PAIRS):
-            for s in range(size // LINE):
-                simd.transpose(lying, s * SQUARE, LINE, out, s * SQUARE, LINE)
-            continue
-        for s in range((size + LINE - 1) // LINE):
-            simd.transpose(lying, s * SQUARE, LINE, turned, s * SQUARE, LINE)
-        if task.form == _BFLOAT16:
-            for line in range(0, 2 * SQUARE, LINE):
-                words = load_integers(turned, line)
-                simd.store(out, 2 * line, bfloat16_of(words, 0))
-                simd.store(out, 2 * line + LINE, bfloat16_of(words, 1))
-            continue
+    lying, out = np.int64(room.ctypes.data), np.int64(laid.ctypes.data)
+    turned, size = lying + 4 * SQUARE, weight_bytes(task.kind)
+    at_once, stored, pitch = 2 if task.form == _INT4 else 1, stored_bytes(task.form), _row_bytes(task)
+    are_words = task.form == _FLOAT32 or (task.form == _BFLOAT16 and task.kind == PAIRS)
+    for g in range(start, stop, at_once):
+        rows, apart = job[DATA] + row * pitch + g * stored, pitch
+        if row + SIDE > job[ROWS] or (g + at_once) * stored > pitch:
+            rows, apart = lying, np.int64(4 * LINE)
+            _gather(task, job[DATA], row, job[ROWS], g * stored, at_once * stored, lying)
+        for s in range(at_once * stored // LINE):
+            if are_words:
+                simd.transpose(rows, LINE * s, apart, out, s * SQUARE, LINE)
+            else:
+                simd.transpose(rows, LINE * s, apart, turned, s * SQUARE, LINE)
         if task.form == _INT8:
             _spread_int8(turned, task.kind, out)
-        else:
+        elif task.form == _INT4:
             _spread_int4(turned, task.kind, out)
-        lines = squares(task.kind) * SQUARE
-        for r in range(SIDE):
-            place = 2 * (min(row + r, job[ROWS] - 1) * task.groups + g)
-            scale = simd.load_one_bfloat16(job[SCALES], place)
-            middle = simd.load_one_bfloat16(job[MINIMA], place) + np.float32(_offset(_INT4)) * scale
-            simd.store_one(out, lines + SCALE + 4 * r, scale)
-            simd.store_one(out, lines + MIDDLE + 4 * r, middle)
+            if g + 1 < stop:
+                _spread_int4(turned + SQUARE // 2, task.kind, out + size)
+        elif not are_words:
+            _spread_pairs(turned, out)
+        out += at_once * size
+    if are_integers(task.form):
+        _lay_factors(task, job, row, start, stop - start, room, laid)
 
 
 @compiled(inline=True)
-def _gather(task: Task, job: Array, row: int, group: int, size: int, lying: Array) -> None:
-    """Copy a group of sixteen rows, a line of each row to one square, the next line to the next."""
-    integers = are_integers(task.form)
-    pitch = task.groups * size if integers else task.width * (size // GROUP)
-    count = size if integers else min(size, (task.width - GROUP * group) * (size // GROUP))
+def _row_bytes(task: Task) -> int:
+    """Bytes of a row as it is stored, without scales."""
+    size = stored_bytes(task.form)
+    return task.groups * size if are_integers(task.form) else task.width * (size // GROUP)
+
+
+@compiled()
+def _gather(task: Task, data: int, row: int, n_rows: int, at: int, size: int, lying: int) -> None:
+    """Copy ``size`` bytes of sixteen rows, four lines apart, from their byte ``at`` on; zeros behind a row's end."""
+    pitch = _row_bytes(task)
+    count = min(size, pitch - at)
     for r in range(SIDE):
-        here = job[DATA] + min(row + r, job[ROWS] - 1) * pitch + group * size
-        if count < LINE and task.form == _INT4:
-            simd.store(lying, LINE * r, load_half(here, 0))
-        elif count == size:
-            for line in range(0, size, LINE):
-                simd.store(lying, line * SIDE + LINE * r, simd.load_bytes(here, line))
-        else:  # there may be no memory behind the last row
-            for i in range(size):
-                byte = load_one_byte(here, i) if i < count else np.uint8(0)
-                lying[i // LINE * SQUARE + LINE * r + i % LINE] = byte
+        here, there = data + min(row + r, n_rows - 1) * pitch + at, lying + 4 * LINE * r
+        for line in range(0, size, LINE):
+            if line + LINE <= count:
+                simd.store(there, line, simd.load_bytes(here, line))
+            elif line + LINE // 2 == count:
+                simd.store(there, line, load_half(here, line))
+            else:  # there may be no memory behind the last row
+                for i in range(line, line + LINE):
+                    simd.store_one(there, i, load_one_byte(here, i) if i < count else np.uint8(0))
+
+
+@compiled()
+def _lay_factors(task: Task, job: Array, row: int, start: int, count: int, room: Array, laid: Array) -> None:
+    """Write the scales and middles of up to sixteen groups of a block's rows behind their squares."""
+    lying, out = np.int64(room.ctypes.data), np.int64(laid.ctypes.data) + squares(task.kind) * SQUARE
+    turned, size = lying + 4 * SQUARE, weight_bytes(task.kind)
+    for r in range(SIDE):
+        place = 2 * (min(row + r, job[ROWS] - 1) * task.groups + start)
+        scale = load_first_bfloat16(job[SCALES], place, count)
+        simd.store(lying, LINE * r, scale)
+        if has_minima(task.form):
+            minimum = load_first_bfloat16(job[MINIMA], place, count)
+            middle = simd.fused_multiply_add(simd.broadcast(np.float32(_offset(_INT4))), scale, minimum)
+            simd.store(lying, SQUARE + LINE * r, middle)
+    simd.transpose(lying, 0, LINE, turned, 0, LINE)
+    if has_minima(task.form):
+        simd.transpose(lying, SQUARE, LINE, turned, SQUARE, LINE)
+    for g in range(count):
+        simd.store(out, g * size + SCALE, load_floats(turned, LINE * g))
+        if has_minima(task.form):
+            simd.store(out, g * size + MIDDLE, load_floats(turned, SQUARE + LINE * g))
 
 
 @compiled(inline=True)
-def _spread_int8(turned: Array, kind: int, out: Array) -> None:
+def _spread_pairs(turned: int, out: int) -> None:
+    """Write the lines of two squares, two bfloat16 a word, as lines of float32."""
+    for line in range(0, 2 * SQUARE, LINE):
+        words = load_integers(turned, line)
+        simd.store(out, 2 * line, bfloat16_of(words, 0))
+        simd.store(out, 2 * line + LINE, bfloat16_of(words, 1))
+
+
+@compiled(inline=True)
+def _spread_int8(turned: int, kind: int, out: int) -> None:
     """Write the lines of a square, four integers a word, as lines of words of a kind."""
     for line in range(0, SQUARE, LINE):
-        words = load_integers(turned, line)
         if kind == BYTES:
             simd.store(out, line, simd.flip_signs(simd.load_bytes(turned, line)))
-            continue
-        a, b, c, d = int8_of(words, 0), int8_of(words, 1), int8_of(words, 2), int8_of(words, 3)
-        _store_four(out, line, a, b, c, d, kind)
+        else:
+            words = load_integers(turned, line)
+            a, b, c, d = int8_of(words, 0), int8_of(words, 1), int8_of(words, 2), int8_of(words, 3)
+            _store_four(out, line, a, b, c, d, kind)
 
 
 @compiled(inline=True)
-def _spread_int4(turned: Array, kind: int, out: Array) -> None:
+def _spread_int4(turned: int, kind: int, out: int) -> None:
     """Do the same with half a square, eight integers a word, of which four belong into the second half."""
     for line in range(0, SQUARE // 2, LINE):
-        words = load_integers(turned, line)
         if kind == BYTES:
             simd.store(out, line, low_nibbles(simd.load_bytes(turned, line)))
             simd.store(out, SQUARE // 2 + line, high_nibbles(simd.load_bytes(turned, line)))
-            continue
-        a, b, c, d = nibble_of(words, 0), nibble_of(words, 2), nibble_of(words, 4), nibble_of(words, 6)
-        _store_four(out, line, a, b, c, d, kind)
-        a, b, c, d = nibble_of(words, 1), nibble_of(words, 3), nibble_of(words, 5), nibble_of(words, 7)
-        _store_four(out, SQUARE // 2 + line, a, b, c, d, kind)
+        else:
+            words = load_integers(turned, line)
+            a, b, c, d = nibble_of(words, 0), nibble_of(words, 2), nibble_of(words, 4), nibble_of(words, 6)
+            _store_four(out, line, a, b, c, d, kind)
+            a, b, c, d = nibble_of(words, 1), nibble_of(words, 3), nibble_of(words, 5), nibble_of(words, 7)
+            _store_four(out, SQUARE // 2 + line, a, b, c, d, kind)
 
 
 @compiled(inline=True)
-def _store_four(out: Array, line: int, a: Any, b: Any, c: Any, d: Any, kind: int) -> None:
+def _store_four(out: int, line: int, a: Any, b: Any, c: Any, d: Any, kind: int) -> None:
     """Write the numbers that are bytes of one line as four lines of float32, or two of pairs."""
     if kind == FLOATS:
         simd.store(out, 4 * line, a)

@@ -72,6 +72,24 @@ def test_integers_shifted_with_their_signs_and_their_lowest_bytes() -> None:
     np.testing.assert_array_equal(out, np.pad(numbers.astype(np.int8), (3, 1)))
 
 
+def test_numbers_as_integers_and_their_magnitudes() -> None:
+    numbers = np.array([0.5, 1.5, -0.5, -2.5, 2.4999998, 126.7, -127, 1e9, *RNG.normal(size=8) * 50], np.float32)
+    found = stored("q.to_integers(s.load(a, 0))", np.int32, numbers)
+    np.testing.assert_array_equal(found, np.rint(numbers).astype(np.int32))
+    special = np.array([-0.0, np.inf, -np.inf, np.nan, -1e-40, 3, -3, 0.1] * 2, np.float32)
+    found = stored("q.magnitudes(s.load(a, 0))", np.int32, special)
+    np.testing.assert_array_equal(found, special.view(np.int32) & 0x7FFFFFFF)
+
+
+def test_the_larger_integer_of_two_the_largest_of_sixteen_and_their_sum() -> None:
+    a, b = (RNG.integers(-(1 << 27), 1 << 27, 16).astype(np.int32) for _ in range(2))
+    np.testing.assert_array_equal(stored("q.larger(s.load(a, 0), s.load(b, 0))", np.int32, a, b), np.maximum(a, b))
+    found = stored("s.broadcast(q.largest_lane(s.load(a, 0)))", np.int32, a)
+    np.testing.assert_array_equal(found, np.full(16, a.max()))
+    found = stored("s.broadcast(q.sum_of_lanes(s.load(a, 0)))", np.int32, a)
+    np.testing.assert_array_equal(found, np.full(16, a.sum()))
+
+
 BEHIND_MEMORY = """
 import ctypes, mmap
 import numpy as np

@@ -38,6 +38,14 @@ def test_sums_begin_with_nothing_with_memory_or_with_numbers() -> None:
     np.testing.assert_array_equal(found, numbers.repeat(16))
 
 
+def test_a_cache_line_past_the_caches() -> None:
+    body = "line = (o + 63) // 64 * 64; u.stream(line, q.load_floats(a, 0)); u.stream(line + 64, q.load_floats(a, 64))"
+    found = run(body, FLOATS, size=64)
+    (start,) = np.flatnonzero(found[:16])[:1]
+    np.testing.assert_array_equal(found[start : start + 32], FLOATS.reshape(-1)[:32])
+    assert np.count_nonzero(found) == 32
+
+
 def test_sums_are_added_to_memory_scaled_or_not() -> None:
     body = "u.store_sums(o, u.sums_at(a, 16)); u.add_to_memory(o, u.sums_at(b, 16))"
     np.testing.assert_array_equal(run(body, FLOATS, FLOATS[::-1].copy()), (FLOATS + FLOATS[::-1]).reshape(-1))
