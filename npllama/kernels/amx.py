@@ -7,7 +7,6 @@ from functools import partial
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import byte_rows, quantised_tiles, tile_blocks, tiles
-from npllama.kernels.byte_tokens import EXACT
 from npllama.kernels.filled import are_large, multiply_filled_up
 from npllama.kernels.rounded import rounded
 
@@ -34,7 +33,7 @@ def multiply_bfloat16(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arr
 def multiply_quantised(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
     """Do the same with weights of int8 or int4. A single token is left to vectors."""
     if len(x) == 1:
-        multiply_filled_up(byte_rows.multiply, x, weights, outputs, (byte_rows.BLOCK, 0), EXACT)
+        multiply_filled_up(byte_rows.multiply, x, weights, outputs, (byte_rows.BLOCK, 0))
     else:
         multiply_filled_up(quantised_tiles.multiply, x, weights, outputs, (_LEAST[0], 0))
 

@@ -1,24 +1,19 @@
 """Products of one token, or a few, with int8 and int4 weights by dot products of bytes, in vectors of 512 bits.
 
-Tokens become integers of three digits, which is as exact as float32 arithmetic, or of one, which rounds them to int8
-(`npllama.kernels.byte_tokens`). A **line** of weights, 64 bytes, is a group of int8 or two groups of int4, unpacked to
-low and high halves. With each digit of a token it takes an instruction or two, 64 or 128 multiplications whose sums are
-exact (Intel VNNI); a float32 multiplication by ``scale · step`` then adds the line to the row's sum. Nothing is widened
-to float32, which is what lets a core keep up with its memory.
+Tokens become integers of three digits, which is as exact as float32 arithmetic (`npllama.kernels.byte_tokens`). A
+**line** of weights, 64 bytes, is a group of int8 or two groups of int4, unpacked to low and high halves. With each
+digit of a token it takes an instruction or two, 64 or 128 multiplications whose sums are exact (Intel VNNI); a float32
+multiplication by ``scale · step`` then adds the line to the row's sum. Nothing is widened to float32, which is what
+lets a core keep up with its memory.
 
 The instruction wants one operand unsigned. int8 weights are so, taken 128 larger than they are, for the highest digit;
-for the others the digits are. int4 is stored unsigned. What belongs to no single weight is known before any is, and
-sums begin with it. With one digit it is the row's sum that does, in float32, summed over the groups::
-
-    int8:  - 128 scale · sum of the token's group          int4:  minimum · sum of the token's group
-
-With three digits that would cost the last bits. So the sum of a line begins, lane by lane and exactly, with -128 times
-the highest digits, or with -8 times the integers; of int4, which then lies around zero, there remains
-``(minimum + 8 scale) · sum of the token's group`` for the row's sum.
+for the others the digits are. int4 is stored unsigned. What belongs to no single weight is known before any is: the
+sum of a line begins, lane by lane and exactly, with -128 times the highest digits, or with -8 times the integers. Of
+int4, which then lies around zero, there remains ``(minimum + 8 scale) · sum of the token's group``, summed over the
+groups, with which the row's sum begins.
 
 Two rows, a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that a line which was loaded is
-multiplied several times. Where the party is one token of one digit, only memory is waited for: it meets rows one by
-one, a single stream. Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
+multiplied several times. Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
 cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
@@ -36,7 +31,7 @@ import numpy as np
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.by_address import address_of
-from npllama.kernels.byte_tokens import PARTY, Places, Tokens, line_bytes, party_at, take_apart, tokens_bytes
+from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
 from npllama.kernels.memory import aligned
@@ -56,8 +51,8 @@ _LINE = 64
 _CHUNK = 1 << 14
 #: How many bytes before its turn a line is fetched where a row is one chunk: four pages.
 _EARLY = 1 << 14
-#: Rows of a band, and of one that is met by one token of one digit.
-_BAND, _SINGLE = 2, 1
+#: Rows of a band.
+_BAND = 2
 #: Numbers of tokens that rows are multiplied with, see `npllama.kernels.vector_rows.tokens_of`; sums of a band then.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
 _SUMS_OF_ONE, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = 2, 8, 16
@@ -112,7 +107,7 @@ def rows_at(weights: Rows, row: int, groups: int, is_int4: bool) -> Rows:
     return Rows(weights.data + data * row, weights.scales + scales * row, weights.minima + scales * row)
 
 
-def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], places: Places) -> None:
+def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
     """Fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, for weights of one dtype that share N.
 
     Parameters
@@ -122,35 +117,31 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], plac
     weights : sequence of Tensor of shape (M, N)
         All int8, or all int4. M may differ, and is 16 at least.
     outputs : sequence of ndarray of shape (T, M), float32
-    places : tuple of int64
-        `npllama.kernels.byte_tokens.EXACT`, or ROUNDED for tokens rounded to int8.
     """
     is_int4, groups = PACKINGS[weights[0].dtype].has_minima, n_groups(x.shape[1])
-    tokens = aligned(tokens_bytes(groups, is_int4, places, len(x)), np.empty(0, np.int8))
-    take_apart(np.ascontiguousarray(x), is_int4, places, tokens)
-    arguments = tokens, len(x), groups, is_int4, *places
-    deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work(places))
+    tokens = aligned(tokens_bytes(groups, is_int4, len(x)), np.empty(0, np.int8))
+    take_apart(np.ascontiguousarray(x), is_int4, tokens)
+    arguments = tokens, len(x), groups, is_int4
+    deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work())
 
 
 @cache
-def _address_of_work(places: Places) -> int:
+def _address_of_work() -> int:
     """Return the address of `_multiply_blocks`."""
-    arguments = np.empty(1, np.int8), 1, 1, True, *places
-    return address_of(_multiply_blocks, arguments, np.empty((1, 6), np.int64), 1, 1)
+    return address_of(_multiply_blocks, (np.empty(1, np.int8), 1, 1, True), np.empty((1, 6), np.int64), 1, 1)
 
 
 @compiled()
 def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
-    tokens, n_new, groups, is_int4 = arguments[:4]
-    places = arguments[4:]  # a parallel loop takes no tuple within another
+    tokens, n_new, groups, is_int4 = arguments
     room = aligned(room_size(groups), np.empty(0, np.float32))
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
         row = min(first, job[ROWS] - BLOCK)
         rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), row, groups, is_int4)
         ahead, output = rows_at(rows, BLOCK, groups, is_int4), job[OUTPUT] + 4 * row
-        multiply_block(rows, groups, is_int4, places, tokens, n_new, ahead, room, output, 4 * job[ROWS])
+        multiply_block(rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS])
 
 
 @compiled()
@@ -164,7 +155,6 @@ def multiply_block(
     rows: Rows,
     groups: int,
     is_int4: bool,
-    places: Any,
     tokens: Array,
     n_new: int,
     ahead: Rows,
@@ -182,8 +172,6 @@ def multiply_block(
         Groups of 64 numbers that a row has.
     is_int4 : bool
         The weights are int4, not int8.
-    places : tuple of int
-        See `multiply`.
     tokens : ndarray, int8
         From `npllama.kernels.byte_tokens.take_apart`.
     n_new : int
@@ -199,8 +187,8 @@ def multiply_block(
     for first in range(0, n_new, PARTY):
         party = min(PARTY, n_new - first)
         count = tokens_of(party)
-        where = party_at(np.int64(tokens.ctypes.data), groups, is_int4, places, first, n_new)
-        _multiply_party(rows, groups, is_int4, places, where, count, last, ahead, room)
+        where = party_at(np.int64(tokens.ctypes.data), groups, is_int4, first, n_new)
+        _multiply_party(rows, groups, is_int4, where, count, last, ahead, room)
         for t in range(party):
             for r in range(BLOCK):
                 simd.store_one(output + (first + t) * token_bytes, 4 * r, room[r * count + t])
@@ -225,7 +213,6 @@ def _multiply_party(
     rows: Rows,
     groups: int,
     is_int4: bool,
-    places: Any,
     tokens: Tokens,
     count: int,
     last: int,
@@ -234,7 +221,7 @@ def _multiply_party(
 ) -> None:
     """Fill the beginning of the room with the products of sixteen rows and a party, a chunk at a time."""
     pitch, per_line = (GROUP // 2 * groups, 2) if is_int4 else (GROUP * groups, 1)
-    whole, x_line = groups // per_line, count * line_bytes(is_int4, places)
+    whole, x_line = groups // per_line, count * line_bytes(is_int4)
     totals = np.int64(room.ctypes.data)
     sums, factors = totals + 4 * BLOCK * count, totals + 4 * BLOCK * PARTY * (1 + _LANES)
     chunks = max(1, (whole * x_line + _CHUNK - 1) // _CHUNK)
@@ -242,8 +229,7 @@ def _multiply_party(
         start, stop = whole * chunk // chunks, whole * (chunk + 1) // chunks
         is_last = chunk + 1 == chunks
         first, end = start * per_line, groups if is_last else stop * per_line
-        band = _SINGLE if count == _ONE and len(places) == 1 else _BAND
-        coming, coming_row, coming_line = rows.data + _EARLY, _LINE, band * _LINE
+        coming, coming_row, coming_line = rows.data + _EARLY, _LINE, _BAND * _LINE
         if chunks > 1:
             coming = ahead.data if is_last else rows.data + stop * _LINE
             coming_row, coming_line = pitch, _LINE
@@ -263,101 +249,96 @@ def _multiply_party(
             coming_row,
             coming_line,
         )
-        _add_chunk(here, tokens, is_int4, places, count)
+        _add_chunk(here, tokens, is_int4, count)
     for r in range(0, BLOCK * count, BLOCK):
         store_totals(totals + 4 * r, sums_at(sums + r * _LINE, BLOCK))
 
 
 @compiled()
-def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any, count: int) -> None:
+def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, count: int) -> None:
     """Add a chunk's products to the sums, or begin them with those of the first chunk."""
     if count == _ONE:
-        if len(places) == 1:
-            _add(_ONE, _SINGLE, _SINGLE, chunk, tokens, is_int4, places)
-        else:
-            _add(_ONE, _BAND, _SUMS_OF_ONE, chunk, tokens, is_int4, places)
+        _add(_ONE, _SUMS_OF_ONE, chunk, tokens, is_int4)
     elif count == _FOUR:
-        _add(_FOUR, _BAND, _SUMS_OF_FOUR, chunk, tokens, is_int4, places)
+        _add(_FOUR, _SUMS_OF_FOUR, chunk, tokens, is_int4)
     else:
-        _add(_EIGHT, _BAND, _SUMS_OF_EIGHT, chunk, tokens, is_int4, places)
+        _add(_EIGHT, _SUMS_OF_EIGHT, chunk, tokens, is_int4)
 
 
 @compiled(inline=True)
-def _add(count: int, band: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any) -> None:
-    """Do `_add_chunk` for literally so many tokens, rows of a band, and sums of one."""
+def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool) -> None:
+    """Do `_add_chunk` for literally so many tokens, and sums of a band."""
     pitch = (chunk.n_here + _LANES) // _LANES * _LANES * 4
-    data_row, x_line = (GROUP // 2 if is_int4 else GROUP) * chunk.groups, count * line_bytes(is_int4, places)
+    data_row, x_line = (GROUP // 2 if is_int4 else GROUP) * chunk.groups, count * line_bytes(is_int4)
     n_lines = chunk.n_here // 2 if is_int4 else chunk.n_here
-    for r in range(0, BLOCK, band):
+    for r in range(0, BLOCK, _BAND):
         rows, sums = rows_at(chunk.rows, r, chunk.groups, is_int4), chunk.sums + r * count * _LINE
         tile = no_sums(n_sums)
         if chunk.first > 0:
             tile = sums_at(sums, n_sums)
         else:
-            _fetch_scales(band, rows_at(chunk.ahead, r, chunk.groups, is_int4), chunk.groups, is_int4)
-            tile = _begin(band, n_sums, rows, chunk, tokens, is_int4, places)
-        _weigh(count, band, rows.scales, chunk, tokens, pitch)
+            _fetch_scales(rows_at(chunk.ahead, r, chunk.groups, is_int4), chunk.groups, is_int4)
+            tile = _begin(n_sums, rows, chunk, tokens, is_int4)
+        _weigh(count, rows.scales, chunk, tokens, pitch)
         data = rows.data + (chunk.first // 2 if is_int4 else chunk.first) * _LINE
         coming = chunk.coming + r * data_row
         if is_int4:
             for n in range(n_lines):
-                _fetch(band, chunk, coming, n)
+                _fetch(chunk, coming, n)
                 x, factors = chunk.x + n * x_line, chunk.factors + 8 * n
-                tile = inner_nibbles(tile, band, places, data + _LINE * n, data_row, x, factors, pitch)
+                tile = inner_nibbles(tile, _BAND, data + _LINE * n, data_row, x, factors, pitch)
             if chunk.last > 0:
-                _fetch(band, chunk, coming, n_lines)
+                _fetch(chunk, coming, n_lines)
                 x, factors = chunk.x + n_lines * x_line, chunk.factors + 8 * n_lines
-                tile = inner_nibbles(tile, band, places, chunk.last + r * _LINE, _LINE, x, factors, pitch)
+                tile = inner_nibbles(tile, _BAND, chunk.last + r * _LINE, _LINE, x, factors, pitch)
         else:
             for n in range(n_lines):
-                _fetch(band, chunk, coming, n)
+                _fetch(chunk, coming, n)
                 x, factors = chunk.x + n * x_line, chunk.factors + 4 * n
-                tile = inner_bytes(tile, band, places, data + _LINE * n, data_row, x, factors, pitch)
+                tile = inner_bytes(tile, _BAND, data + _LINE * n, data_row, x, factors, pitch)
         store_sums(sums, tile)
 
 
 @compiled(inline=True)
-def _fetch(band: int, chunk: Chunk, coming: int, line: int) -> None:
+def _fetch(chunk: Chunk, coming: int, line: int) -> None:
     """Fetch a line of each row of the band that comes."""
-    for row in range(band):
+    for row in range(_BAND):
         simd.prefetch(coming + row * chunk.coming_row, line * chunk.coming_line)
 
 
 @compiled(inline=True)
-def _fetch_scales(band: int, rows: Rows, groups: int, is_int4: bool) -> None:
+def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
     """Fetch the scales and minima of a band."""
-    for place in range(0, band * groups * 2, _LINE):
+    for place in range(0, _BAND * groups * 2, _LINE):
         simd.prefetch(rows.scales, place)
         if is_int4:
             simd.prefetch(rows.minima, place)
 
 
 @compiled(inline=True)
-def _begin(band: int, n_sums: int, rows: Rows, chunk: Chunk, tokens: Tokens, is_int4: bool, places: Any) -> Any:
+def _begin(n_sums: int, rows: Rows, chunk: Chunk, tokens: Tokens, is_int4: bool) -> Any:
     """Return what literally so many sums of a band begin with, see above; the room of its factors is free for it."""
-    sums, offset = no_sums(n_sums), simd.broadcast(np.float32(8 if is_int4 else 0))
-    if len(places) == 1:
-        offset = simd.broadcast(np.float32(0 if is_int4 else -128))
-    if is_int4 or len(places) == 1:
+    sums = no_sums(n_sums)
+    if is_int4:
         for g in range(0, chunk.groups, _LANES):
-            for r in range(band):
+            for r in range(_BAND):
                 row = rows_at(rows, r, chunk.groups, is_int4)
-                simd.store(chunk.factors, _LINE * r, _shared(row, g, chunk.groups, is_int4, offset))
-            sums = add_products_at(sums, band, chunk.factors, tokens.sums + 4 * g, tokens.pitch)
+                simd.store(chunk.factors, _LINE * r, _middles(row, g, chunk.groups))
+            sums = add_products_at(sums, _BAND, chunk.factors, tokens.sums + 4 * g, tokens.pitch)
     return sums
 
 
 @compiled()
-def _shared(row: Rows, first: int, groups: int, is_int4: bool, offset: Any) -> Any:
-    """Return ``minimum + offset · scale`` of sixteen groups of a row, zeros where it has no more."""
-    shared = simd.multiply(_bfloat16_at(row.scales + 2 * first, groups - first), offset)
-    return simd.add(shared, _bfloat16_at(row.minima + 2 * first, groups - first)) if is_int4 else shared
+def _middles(row: Rows, first: int, groups: int) -> Any:
+    """Return ``minimum + 8 scale`` of sixteen groups of a row, zeros where it has no more."""
+    scales, eight = _bfloat16_at(row.scales + 2 * first, groups - first), simd.broadcast(np.float32(8))
+    return simd.add(simd.multiply(scales, eight), _bfloat16_at(row.minima + 2 * first, groups - first))
 
 
 @compiled(inline=True)
-def _weigh(count: int, band: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) -> None:
+def _weigh(count: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) -> None:
     """Write ``scale · step`` of a band and literally so many tokens for the groups of a chunk."""
-    for r in range(band):
+    for r in range(_BAND):
         for g in range(0, chunk.n_here, _LANES):
             group = chunk.first + g
             scale = _bfloat16_at(scales + 2 * (chunk.groups * r + group), chunk.groups - group)

@@ -1,22 +1,18 @@
 """A few tokens as small integers, laid out for the rows of int8 and int4 weights (`npllama.kernels.byte_rows`).
 
-The 64 numbers of a token that meet one group of weights get a step in common and become integers, of one digit to the
-base 256 or of three::
+The 64 numbers of a token that meet one group of weights get a step in common and become integers of three digits to
+the base 256, which lose nothing that sums of float32 products would keep (`npllama.kernels.digits`)::
 
-    x ≈ step · sum(place · digit)
-
-Three digits lose nothing that sums of float32 products would keep, see `npllama.kernels.digits`. One digit is what it
-takes to round tokens to int8, see `npllama.rounding`.
+    x ≈ step · (65536 h + 256 m + l)
 
 Weights come in lines of 64 bytes: a group of int8, or two groups of int4. What a token is to a line lies together: its
-digits, the highest first, and with three of them what the sums of the line's products begin with
-(`npllama.kernels.byte_rows` says why). Up to eight tokens are a **party**; those of a party follow one another, line by
-line.
+digits, the highest first, and what the sums of the line's products begin with (`npllama.kernels.byte_rows` says why).
+Up to eight tokens are a **party**; those of a party follow one another, line by line.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,21 +20,16 @@ from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
 from npllama.kernels.digits import integers_of
 from npllama.kernels.jit import compiled
-from npllama.kernels.rounded import int8_lanes
 from npllama.kernels.simd_quantised import shift_right, store_low_bytes, subtract
 from npllama.kernels.vector_rows import tokens_of
 
-Places: TypeAlias = tuple[np.int64, ...]
-
-#: What the digits of a token count. How many there are is what compiled functions are compiled for; as Python's own
-#: integers they would be constants inside of one, a type that is compiled for anew.
-EXACT: Places = (np.int64(65536), np.int64(256), np.int64(1))
-ROUNDED: Places = (np.int64(1),)
 #: Tokens of a party, at most.
 PARTY = 8
 
 _LANES = 16
 _LINE = 64
+#: Digits of an integer.
+_DIGITS = 3
 #: By how much int8 and int4 are taken larger than they are, in each byte of an int32.
 _INT8_OFFSET, _INT4_OFFSET = 0x80808080 - (1 << 32), 0x08080808
 
@@ -50,7 +41,7 @@ class Tokens(NamedTuple):
     ----------
     lines : int
         For each line of weights and each token: for int8, a line of each digit; for int4, of each digit a line for the
-        first halves of both groups and one for the last halves; behind three digits 16 int32, with which sums begin.
+        first halves of both groups and one for the last halves; behind them 16 int32, with which sums begin.
     steps, sums : int
         float32, for each token and group: the step, and the sum of the numbers that its integers stand for.
     pitch : int
@@ -64,9 +55,9 @@ class Tokens(NamedTuple):
 
 
 @compiled(inline=True)
-def line_bytes(is_int4: bool, places: Any) -> int:
+def line_bytes(is_int4: bool) -> int:
     """Return the bytes of what a token is to a line of weights."""
-    return _LINE * ((2 if is_int4 else 1) * len(places) + (1 if len(places) > 1 else 0))
+    return _LINE * ((2 if is_int4 else 1) * _DIGITS + 1)
 
 
 @compiled(inline=True)
@@ -81,71 +72,57 @@ def _pitch(groups: int) -> int:
 
 
 @compiled(inline=True)
-def _party_bytes(groups: int, is_int4: bool, places: Any, count: int) -> int:
-    return count * (count_lines(groups, is_int4) * line_bytes(is_int4, places) + 2 * _pitch(groups))
+def _party_bytes(groups: int, is_int4: bool, count: int) -> int:
+    return count * (count_lines(groups, is_int4) * line_bytes(is_int4) + 2 * _pitch(groups))
 
 
 @compiled()
-def tokens_bytes(groups: int, is_int4: bool, places: Any, n_new: int) -> int:
+def tokens_bytes(groups: int, is_int4: bool, n_new: int) -> int:
     """Return how many bytes so many tokens take, in whole cache lines; one more may be read."""
     whole = n_new // PARTY
     rest = n_new - PARTY * whole
-    size = whole * _party_bytes(groups, is_int4, places, PARTY)
-    return size + (_party_bytes(groups, is_int4, places, tokens_of(rest)) if rest > 0 else 0) + _LINE
+    size = whole * _party_bytes(groups, is_int4, PARTY)
+    return size + (_party_bytes(groups, is_int4, tokens_of(rest)) if rest > 0 else 0) + _LINE
 
 
 @compiled()
-def party_at(address: int, groups: int, is_int4: bool, places: Any, first: int, n_new: int) -> Tokens:
+def party_at(address: int, groups: int, is_int4: bool, first: int, n_new: int) -> Tokens:
     """Return where the parts of the party are that begins with the token ``first`` of ``n_new``."""
-    address += first // PARTY * _party_bytes(groups, is_int4, places, PARTY)
+    address += first // PARTY * _party_bytes(groups, is_int4, PARTY)
     count, pitch = tokens_of(min(PARTY, n_new - first)), _pitch(groups)
-    steps = address + count * count_lines(groups, is_int4) * line_bytes(is_int4, places)
+    steps = address + count * count_lines(groups, is_int4) * line_bytes(is_int4)
     return Tokens(address, steps, steps + count * pitch, pitch)
 
 
 @compiled()
-def take_apart(x: Array, is_int4: bool, places: Any, room: Array) -> None:
+def take_apart(x: Array, is_int4: bool, room: Array) -> None:
     """Write tokens x (T, N) as integers to their room, as many int8 as `tokens_bytes` says, aligned to cache lines."""
     n_new, groups = x.shape[0], (x.shape[1] + GROUP - 1) // GROUP
-    group, integers, small = np.zeros(GROUP, np.float32), np.zeros(GROUP, np.int32), np.zeros(GROUP, np.int8)
-    size = line_bytes(is_int4, places)
+    group, integers = np.zeros(GROUP, np.float32), np.zeros(GROUP, np.int32)
+    size = line_bytes(is_int4)
     room[:] = 0
     for t in range(n_new):
         first = t // PARTY * PARTY
         count = tokens_of(min(PARTY, n_new - first))
-        party = party_at(np.int64(room.ctypes.data), groups, is_int4, places, first, n_new)
+        party = party_at(np.int64(room.ctypes.data), groups, is_int4, first, n_new)
         for g in range(groups):
             width = min(GROUP, x.shape[1] - GROUP * g)
             for j in range(width):
                 group[j] = x[t, GROUP * g + j]
             group[width:] = 0
-            step, total = _integers_of(group, places, integers, small)
+            step, total = integers_of(group, integers)
             number = (t - first) * party.pitch + 4 * g
             simd.store_one(party.steps, number, step)
             simd.store_one(party.sums, number, np.float32(total) * step)
             line = count_lines(g + 1, is_int4) - 1
             address = party.lines + (line * count + t - first) * size
-            _write_digits(integers, g % 2 if is_int4 else 0, is_int4, places, address)
-            if len(places) > 1 and (g % 2 == 1 or g + 1 == groups or not is_int4):
-                _write_begin(is_int4, places, address)
-
-
-@compiled()
-def _integers_of(group: Array, places: Any, integers: Array, small: Array) -> Any:
-    """Fill integers (64,), int32, with what the numbers of a group are; return their step and their sum.
-
-    ``small`` is room for 64 int8.
-    """
-    if len(places) > 1:
-        return integers_of(group, integers)
-    step, total = int8_lanes(np.int64(group.ctypes.data), np.int64(small.ctypes.data))
-    for j in range(GROUP):
-        integers[j] = small[j]
-    return step, total
+            _write_digits(integers, g % 2 if is_int4 else 0, is_int4, address)
+            if g % 2 == 1 or g + 1 == groups or not is_int4:
+                _write_begin(is_int4, address)
 
 
 @compiled(inline=True)
-def _write_digits(integers: Array, half: int, is_int4: bool, places: Any, address: int) -> None:
+def _write_digits(integers: Array, half: int, is_int4: bool, address: int) -> None:
     """Write the digits of a group's integers (64,) to lines, for int4 to one half of each.
 
     They are int8. Below the highest, those for int8 weights are uint8: these weights are signed themselves then. So a
@@ -154,7 +131,7 @@ def _write_digits(integers: Array, half: int, is_int4: bool, places: Any, addres
     carry = simd.broadcast(np.int32(128 if is_int4 else 0))
     for first in range(0, GROUP, _LANES):
         numbers = simd.load(integers, first)
-        for digit in range(len(places) - 1, -1, -1):
+        for digit in range(_DIGITS - 1, -1, -1):
             place = _LINE * digit + first
             if is_int4:
                 place = _LINE * (2 * digit + first // (GROUP // 2)) + half * GROUP // 2 + first % (GROUP // 2)
@@ -163,9 +140,9 @@ def _write_digits(integers: Array, half: int, is_int4: bool, places: Any, addres
 
 
 @compiled(inline=True)
-def _write_begin(is_int4: bool, places: Any, address: int) -> None:
+def _write_begin(is_int4: bool, address: int) -> None:
     """Write what the sums of a line begin with behind its digits: less what the weights are taken too large by."""
-    nothing, size = simd.broadcast(np.int32(0)), line_bytes(is_int4, places) - _LINE
+    nothing, size = simd.broadcast(np.int32(0)), line_bytes(is_int4) - _LINE
     if is_int4:
         offset, total = simd.broadcast(np.int32(_INT4_OFFSET)), nothing
         for line in range(0, size, 2 * _LINE):

@@ -7,7 +7,7 @@ that asks for it. There are four ways to multiply, of which a model on a process
 ``tiles``    bfloat16    in the matrix unit, see `npllama.kernels.tiles`
 ``vectors``  bfloat16    in vector registers, see `npllama.kernels.vector_rows`
 ``exact``    int8, int4  by three digits of the input, see `npllama.kernels.byte_rows`
-``rounded``  int8, int4  by one digit: the input is rounded to int8
+``rounded``  int8, int4  the input is rounded to int8, see `npllama.kernels.byte_columns`
 ===========  ==========  =============================================================
 
 A way is two functions, one to prepare an input and one to multiply, which are called by their addresses. A table says
@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.dtypes import GROUP, Array
-from npllama.kernels import byte_rows, simd, vector_rows
+from npllama.kernels import byte_columns, byte_rows, simd, vector_rows
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_rows import Rows, rows_at
-from npllama.kernels.byte_tokens import EXACT, ROUNDED, take_apart, tokens_bytes
+from npllama.kernels.byte_tokens import take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.memory import aligned
@@ -44,6 +44,8 @@ _PREPARE, _MULTIPLY = range(2)
 
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
+#: Rows of integers that are multiplied together.
+_BLOCK_OF_BYTES = byte_rows.BLOCK
 
 
 class Part(NamedTuple):
@@ -64,7 +66,7 @@ class Inputs(NamedTuple):
     lines : ndarray, float32
         Vectors.
     tokens : ndarray of shape (2, bytes), int8
-        Digits, for int8 and int4.
+        Integers, for int8 and int4.
     scratch : ndarray, float32
         Room for four tiles, or the sums of a block in vectors.
     rounded : ndarray, float32
@@ -87,8 +89,10 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -
     groups = (widest + GROUP - 1) // GROUP
     size = 0
     for is_int4 in (False, True):
-        size = max(size, tokens_bytes(groups, is_int4, EXACT, n_new))
-    room = max(4 * _SQUARE, max(vector_rows.room_size(), byte_rows.room_size(groups)))
+        size = max(size, tokens_bytes(groups, is_int4, n_new))
+    size = max(size, byte_columns.tokens_bytes(groups, n_new))
+    bytes_room = max(byte_rows.room_size(groups), byte_columns.room_size(groups))
+    room = max(4 * _SQUARE, max(vector_rows.room_size(), bytes_room))
     lines = aligned(vector_rows.tokens_size(n_new, widest, vector_rows.HALVES), like)
     return Inputs(
         aligned((widest + _STEP - 1) // _STEP * _PARTS * _STEP * n_new + 2 * _STEP, np.empty(0, np.uint16)),
@@ -177,43 +181,37 @@ def _prepare_vectors(x: Array, form: int, inputs: Inputs) -> None:
 
 @compiled()
 def _prepare_exact(x: Array, form: int, inputs: Inputs) -> None:
-    _take_apart(x, form, inputs, EXACT)
+    size = tokens_bytes((x.shape[1] + GROUP - 1) // GROUP, form == _INT4, x.shape[0])
+    take_apart(x, form == _INT4, inputs.tokens[form - 1, :size])
 
 
 @compiled()
 def _prepare_rounded(x: Array, form: int, inputs: Inputs) -> None:
-    _take_apart(x, form, inputs, ROUNDED)
-
-
-@compiled(inline=True)
-def _take_apart(x: Array, form: int, inputs: Inputs, places: Any) -> None:
-    size = tokens_bytes((x.shape[1] + GROUP - 1) // GROUP, form == _INT4, places, x.shape[0])
-    take_apart(x, form == _INT4, places, inputs.tokens[form - 1, :size])
+    size = byte_columns.tokens_bytes((x.shape[1] + GROUP - 1) // GROUP, x.shape[0])
+    byte_columns.round_tokens(x, form == _INT4, inputs.tokens[form - 1, :size])
 
 
 @compiled()
 def _multiply_exact(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
-    _multiply_bytes(n_new, part, ahead, inputs, block, EXACT)
+    _multiply_bytes(n_new, part, ahead, inputs, block, byte_rows.multiply_block)
 
 
 @compiled()
 def _multiply_rounded(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
-    _multiply_bytes(n_new, part, ahead, inputs, block, ROUNDED)
+    _multiply_bytes(n_new, part, ahead, inputs, block, byte_columns.multiply_block)
 
 
 @compiled(inline=True)
-def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, places: Any) -> None:
-    """Multiply blocks of 16 rows."""
-    groups, is_int4 = (part.width + GROUP - 1) // GROUP, part.form == _INT4
-    output, token, tokens = np.int64(block.ctypes.data), 4 * ROWS, inputs.tokens[part.form - 1]
-    for first in range(0, ROWS, byte_rows.BLOCK):
+def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, multiply_block: Any) -> None:
+    """Multiply blocks of 16 rows, one after the other."""
+    groups, is_int4, tokens = (part.width + GROUP - 1) // GROUP, part.form == _INT4, inputs.tokens[part.form - 1]
+    for first in range(0, ROWS, _BLOCK_OF_BYTES):
         rows = rows_at(part.rows, first, groups, is_int4)
-        coming = rows_at(rows, byte_rows.BLOCK, groups, is_int4)
-        if first + byte_rows.BLOCK == ROWS and ahead.width > 0:
+        coming = rows_at(rows, _BLOCK_OF_BYTES, groups, is_int4)
+        if first + _BLOCK_OF_BYTES == ROWS and ahead.width > 0:
             coming = ahead.rows
-        byte_rows.multiply_block(
-            rows, groups, is_int4, places, tokens, n_new, coming, inputs.scratch, output + 4 * first, token
-        )
+        output = np.int64(block.ctypes.data) + 4 * first
+        multiply_block(rows, groups, is_int4, tokens, n_new, coming, inputs.scratch, output, 4 * ROWS)
 
 
 @compiled()

@@ -102,6 +102,31 @@ def lanes_added(builder: Any, vectors: Sequence[Any]) -> Any:
     return vectors[0]
 
 
+def turned(builder: Any, rows: Sequence[Any]) -> list[Any]:
+    """Return the four columns of sixteen rows of four words (32 bits).
+
+    Rows 0, 4, 8 and 12 become one vector, rows 1, 5, 9 and 13 the next, and so on. The segments of four such vectors
+    are squares of four words, which are turned in two rounds. VINSERTI32X4, VPUNPCKLDQ, VPUNPCKHQDQ and their kin.
+    """
+
+    def mixed(a: Any, b: Any, places: list[int]) -> Any:
+        """Take the same words of each segment of two vectors: 0 to 3 are the first one's, 4 to 7 the second one's."""
+        lanes = [4 * segment + place % 4 + 16 * (place // 4) for segment in range(4) for place in places]
+        return builder.shuffle_vector(a, b, ir.Constant(INT_VECTOR, lanes))
+
+    def joined(parts: Sequence[Any], size: int) -> Any:
+        lanes = ir.Constant(ir.VectorType(WORD, 2 * size), [*range(2 * size)])
+        halves = [builder.shuffle_vector(*pair, lanes) for pair in zip(parts[::2], parts[1::2], strict=True)]
+        return halves[0] if len(halves) == 1 else joined(halves, 2 * size)
+
+    a, b, c, d = (joined(rows[first::4], 4) for first in range(4))
+    columns = []
+    for half in ([0, 4, 1, 5], [2, 6, 3, 7]):
+        pairs = mixed(a, b, half), mixed(c, d, half)
+        columns += [mixed(*pairs, [0, 1, 4, 5]), mixed(*pairs, [2, 3, 6, 7])]
+    return columns
+
+
 def upper_half(builder: Any, vector: Any) -> Any:
     """Return sixteen float32 as the nearest bfloat16 (16 bits each), ties to even; a NaN stays one.
 

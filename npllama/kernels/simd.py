@@ -46,6 +46,7 @@ from npllama.kernels.llvm import (
     lanes_added,
     loaded,
     splat,
+    turned,
     upper_half,
 )
 
@@ -321,34 +322,25 @@ def transpose(context: Any, source: Any, at: Any, stride: Any, target: Any, to: 
     """``transpose(source, at, stride, target, to, step)``: turn 16 rows of 16 words (32 bits) into columns.
 
     The rows of the source begin at an element and are ``stride`` bytes apart, those of the target ``step`` bytes. They
-    are written in order, 64 bytes each. VPUNPCKLDQ, VPUNPCKHDQ, VPERMT2Q.
-
-    Notes
-    -----
-    Four rounds swap the off-diagonal quarters of ever smaller squares: 8, 4, 2 and 1 words wide.
+    are written in order, 64 bytes each; see `npllama.kernels.llvm.turned`.
     """
-    rows = range(16)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, at, stride, target, to, step = arguments
         start = address(context, builder, signature.args[0], source, at)
         end = address(context, builder, signature.args[3], target, to)
+        quarter = ir.VectorType(WORD, 4)
 
-        def row(first: Any, distance: Any, i: int) -> Any:
-            place = builder.gep(first, [builder.mul(distance, ir.Constant(LONG, i))])
-            return builder.bitcast(place, INT_VECTOR.as_pointer())
+        def place(first: Any, distance: Any, row: int, byte: int, kind: Any) -> Any:
+            offset = builder.add(builder.mul(distance, ir.Constant(LONG, row)), ir.Constant(LONG, byte))
+            return builder.bitcast(builder.gep(first, [offset]), kind.as_pointer())
 
-        square = [builder.load(row(start, stride, i), align=1) for i in rows]
-        for half in (8, 4, 2, 1):
-            low = [lane if not lane & half else 16 + lane - half for lane in rows]
-            high = [lane + half if not lane & half else 16 + lane for lane in rows]
-            for i in (i for i in rows if not i & half):
-                pair = square[i], square[i + half]
-                square[i], square[i + half] = (
-                    builder.shuffle_vector(*pair, ir.Constant(INT_VECTOR, lanes)) for lanes in (low, high)
-                )
-        for i in rows:
-            builder.store(square[i], row(end, step, i), align=1)
+        columns = []
+        for byte in range(0, 64, 16):
+            rows = [builder.load(place(start, stride, row, byte, quarter), align=1) for row in range(16)]
+            columns += turned(builder, rows)
+        for row, column in enumerate(columns):
+            builder.store(column, place(end, step, row, 0, INT_VECTOR), align=1)
         return context.get_dummy_value()
 
     return types.void(source, types.int64, types.int64, target, types.int64, types.int64), code

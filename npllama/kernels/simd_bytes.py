@@ -1,9 +1,9 @@
 """Instructions that add products of bytes to many sums at once; see `npllama.kernels.simd_sums`.
 
 A sum belongs to a row of a matrix and a token; the sums of a row are those of each token in turn. Of literally so many
-rows, ``row_bytes`` apart, a line of 64 bytes meets what each token is to it (`npllama.kernels.byte_tokens`): as many
-digits as there are ``places``; behind three of them int32, with which the products' sums begin. What comes of it is
-multiplied by a factor, float32, at ``factors``; those of a sum are ``pitch`` bytes from those of the sum before.
+rows, ``row_bytes`` apart, a line of 64 bytes meets what each token is to it (`npllama.kernels.byte_tokens`): three
+digits, and behind them int32, with which the products' sums begin. What comes of it is multiplied by a factor, float32,
+at ``factors``; those of a sum are ``pitch`` bytes from those of the sum before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from npllama.kernels.llvm import BYTE_VECTOR, FLOAT_VECTOR, INT_VECTOR, call, in
 from npllama.kernels.simd_sums import apart, load, load_splat
 
 _LINE = 64
-
+_DIGITS = 3
 
 #: Sums that are worked on at a time: a processor begins with one while it waits for others.
 _AT_ONCE = 4
@@ -52,7 +52,7 @@ def _added(
     factor: Callable[[Any], Any],
 ) -> Any:
     """Return sums with what ``products`` makes of lines of weights, and of ``n_lines`` of a token, times factors."""
-    tile, _, _, weights, row_bytes, x, factors, pitch = arguments
+    tile, _, weights, row_bytes, x, factors, pitch = arguments
     n_tokens = kind.count // n_rows
     lines = [load(builder, apart(builder, weights, row_bytes, row), 0, BYTE_VECTOR) for row in range(n_rows)]
     sums = [builder.extract_value(tile, i) for i in range(kind.count)]
@@ -72,22 +72,19 @@ def _added(
 
 @intrinsic(prefer_literal=True)
 def inner_bytes(
-    context: Any, sums: Any, rows: Any, places: Any, weights: Any, row_bytes: Any, x: Any, factors: Any, pitch: Any
+    context: Any, sums: Any, rows: Any, weights: Any, row_bytes: Any, x: Any, factors: Any, pitch: Any
 ) -> Any:
-    """``inner_bytes(sums, rows, places, weights, row_bytes, x, factors, pitch)``: int8 weights, a group.
+    """``inner_bytes(sums, rows, weights, row_bytes, x, factors, pitch)``: int8 weights, a group.
 
     The weights are taken 128 larger for the highest digit, as uint8; the others are uint8 themselves. Four products of
     8 and 16 bits fit into 32 bits, of 8 and 24 they do not: the lowest of three digits has sums of its own.
     VPXORD, VPDPBUSD, VPSLLD, VCVTDQ2PS, VFMADD231PS.
     """
-    n_digits = places.count
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def products(weights: list[Any], token: list[list[Any]]) -> list[Any]:
             raised = [builder.xor(line, _all(128, BYTE_VECTOR)) for line in weights]
             nothing = [_all(0, INT_VECTOR)] * len(weights)
-            if n_digits == 1:
-                return [builder.sitofp(total, FLOAT_VECTOR) for total in _dots(builder, nothing, raised, token[0])]
             high, middle, low, begins = token
             upper = _dots(builder, [builder.bitcast(begin, INT_VECTOR) for begin in begins], raised, high)
             upper = _dots(builder, _at_next_place(builder, upper), middle, weights)
@@ -103,33 +100,30 @@ def inner_bytes(
         def factor(place: Any) -> Any:
             return load_splat(builder, place, 0, ir.FloatType())
 
-        return _added(
-            context, builder, sums, rows.literal_value, arguments, products, n_digits + (n_digits > 1), factor
-        )
+        return _added(context, builder, sums, rows.literal_value, arguments, products, _DIGITS + 1, factor)
 
-    return sums(sums, rows, places, *[types.int64] * 5), code
+    return sums(sums, rows, *[types.int64] * 5), code
 
 
 @intrinsic(prefer_literal=True)
 def inner_nibbles(
-    context: Any, sums: Any, rows: Any, places: Any, weights: Any, row_bytes: Any, x: Any, factors: Any, pitch: Any
+    context: Any, sums: Any, rows: Any, weights: Any, row_bytes: Any, x: Any, factors: Any, pitch: Any
 ) -> Any:
-    """``inner_nibbles(sums, rows, places, weights, row_bytes, x, factors, pitch)``: int4 weights, two groups.
+    """``inner_nibbles(sums, rows, weights, row_bytes, x, factors, pitch)``: int4 weights, two groups.
 
     The low halves of bytes meet a digit's first line, the first halves of both groups, the high ones its second line.
     A sum has two factors, one for each group. VPANDD, VGF2P8AFFINEQB, VPDPBUSD, VPSLLD, VPADDD, VCVTDQ2PS, VPERMPS,
     VFMADD231PS.
     """
-    n_digits = places.count
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def products(weights: list[Any], token: list[list[Any]]) -> list[Any]:
             low = [builder.and_(line, _all(15, BYTE_VECTOR)) for line in weights]
             high = [builder.lshr(line, _all(4, BYTE_VECTOR)) for line in weights]
             totals = [_all(0, INT_VECTOR)] * len(weights)
-            for digit in range(n_digits):
+            for digit in range(_DIGITS):
                 totals = _at_next_place(builder, totals) if digit > 0 else totals
-                if 0 < digit == n_digits - 1:
+                if digit == _DIGITS - 1:
                     begins = (builder.bitcast(begin, INT_VECTOR) for begin in token[-1])
                     totals = [builder.add(*each) for each in zip(totals, begins, strict=True)]
                 totals = _dots(builder, totals, low, token[2 * digit])
@@ -140,8 +134,6 @@ def inner_nibbles(
             both = load(builder, place, 0, ir.VectorType(ir.FloatType(), 2))
             return builder.shuffle_vector(both, both, ir.Constant(INT_VECTOR, [0] * 8 + [1] * 8))
 
-        return _added(
-            context, builder, sums, rows.literal_value, arguments, products, 2 * n_digits + (n_digits > 1), factor
-        )
+        return _added(context, builder, sums, rows.literal_value, arguments, products, 2 * _DIGITS + 1, factor)
 
-    return sums(sums, rows, places, *[types.int64] * 5), code
+    return sums(sums, rows, *[types.int64] * 5), code

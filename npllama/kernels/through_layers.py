@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.dtypes import PACKINGS, Array
-from npllama.kernels import byte_rows, vector_rows
+from npllama.kernels import byte_columns, byte_rows, vector_rows
 from npllama.kernels.activation import _KINDS
 from npllama.kernels.attend import _UNLIMITED, piece_for, rows_of_tile
 from npllama.kernels.by_address import address_of
@@ -56,7 +56,7 @@ _MOST_TOKENS = {
     "tiles": _TILE_OF_TOKENS,
     "vectors": vector_rows.FEW,
     "exact": byte_rows.FEW,
-    "rounded": byte_rows.FEW,
+    "rounded": byte_columns.FEW,
 }
 
 

@@ -29,9 +29,9 @@ from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import int8_lanes
+from npllama.kernels.simd_columns import columns_at, copy_first
 from npllama.kernels.simd_quantised import (
     high_nibbles,
-    load_first_bfloat16,
     load_floats,
     load_half,
     load_integers,
@@ -121,7 +121,7 @@ def weight_bytes(kind: int) -> Any:
 
 
 @compiled(inline=True)
-def _offset(form: int) -> int:
+def excess(form: int) -> int:
     """Return how much larger a stored integer is as an unsigned one than as one around zero."""
     return 8 if form == _INT4 else 128
 
@@ -183,7 +183,7 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
     if task.kind == BYTES:
         step, whole = int8_lanes(numbers, line)
         simd.store_one(behind, STEP, step)
-        simd.store_one(behind, BEGIN, np.int32(-_offset(task.form) * whole))
+        simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * whole))
         total = np.float32(whole) * step
     else:
         a, b, c, d = (
@@ -247,7 +247,10 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
             _spread_pairs(turned, out)
         out += at_once * size
     if are_integers(task.form):
-        _lay_factors(task, job, row, start, stop - start, room, laid)
+        behind = np.int64(laid.ctypes.data) + squares(task.kind) * SQUARE
+        first = 2 * row * task.groups
+        scales, minima = job[SCALES] + first, job[MINIMA] + first
+        lay_factors(scales, minima, job[ROWS] - row, task.groups, start, stop - start, task.form, lying, behind, size)
 
 
 @compiled(inline=True)
@@ -275,25 +278,58 @@ def _gather(task: Task, data: int, row: int, n_rows: int, at: int, size: int, ly
 
 
 @compiled()
-def _lay_factors(task: Task, job: Array, row: int, start: int, count: int, room: Array, laid: Array) -> None:
-    """Write the scales and middles of up to sixteen groups of a block's rows behind their squares."""
-    lying, out = np.int64(room.ctypes.data), np.int64(laid.ctypes.data) + squares(task.kind) * SQUARE
-    turned, size = lying + 4 * SQUARE, weight_bytes(task.kind)
-    for r in range(SIDE):
-        place = 2 * (min(row + r, job[ROWS] - 1) * task.groups + start)
-        scale = load_first_bfloat16(job[SCALES], place, count)
-        simd.store(lying, LINE * r, scale)
-        if has_minima(task.form):
-            minimum = load_first_bfloat16(job[MINIMA], place, count)
-            middle = simd.fused_multiply_add(simd.broadcast(np.float32(_offset(_INT4))), scale, minimum)
-            simd.store(lying, SQUARE + LINE * r, middle)
-    simd.transpose(lying, 0, LINE, turned, 0, LINE)
-    if has_minima(task.form):
-        simd.transpose(lying, SQUARE, LINE, turned, SQUARE, LINE)
-    for g in range(count):
-        simd.store(out, g * size + SCALE, load_floats(turned, LINE * g))
-        if has_minima(task.form):
-            simd.store(out, g * size + MIDDLE, load_floats(turned, SQUARE + LINE * g))
+def lay_factors(
+    scales: int,
+    minima: int,
+    n_rows: int,
+    groups: int,
+    start: int,
+    count: int,
+    form: int,
+    room: int,
+    out: int,
+    step: int,
+) -> None:
+    """Write a line of scales, and for int4 one of middles, of sixteen rows for each of up to sixteen groups.
+
+    Scales and minima are addresses of bfloat16, those of ``groups`` groups of the first of ``n_rows`` rows, the last of
+    which may count several times. ``room`` is that of a square. What is written begins at ``out``, and is ``step``
+    bytes from what comes next.
+    """
+    pitch = np.int64(2 * groups)
+    scales, minima = scales + 2 * start, minima + 2 * start
+    if n_rows < SIDE or groups < 8:
+        for r in range(SIDE):
+            place = min(r, n_rows - 1) * pitch
+            copy_first(room + LINE * r, scales + place, count)
+            if has_minima(form):
+                copy_first(room + LINE * r + LINE // 2, minima + place, count)
+        scales, minima, pitch = room, room + LINE // 2, np.int64(LINE)
+    for first in range(0, count, 8):
+        g = first if n_rows < SIDE or groups < 8 else min(first, count - 8)  # there may be no memory behind a row
+        a, b, c, d = columns_at(scales + 2 * g, pitch)
+        e, f, h, i = columns_at(minima + 2 * g, pitch) if has_minima(form) else (a, b, c, d)
+        _lay_two(a, e, form, out, step, g, count)
+        _lay_two(b, f, form, out, step, g + 2, count)
+        _lay_two(c, h, form, out, step, g + 4, count)
+        _lay_two(d, i, form, out, step, g + 6, count)
+
+
+@compiled(inline=True)
+def _lay_two(scales: Any, minima: Any, form: int, out: int, step: int, group: int, count: int) -> None:
+    """Write the lines of two groups, of which words of sixteen rows hold both, unless they are none of so many."""
+    if 0 <= group < count:
+        _lay_one(bfloat16_of(scales, 0), bfloat16_of(minima, 0), form, out + step * group)
+    if 0 <= group + 1 < count:
+        _lay_one(bfloat16_of(scales, 1), bfloat16_of(minima, 1), form, out + step * (group + 1))
+
+
+@compiled(inline=True)
+def _lay_one(scale: Any, minimum: Any, form: int, out: int) -> None:
+    simd.store(out, SCALE, scale)
+    if has_minima(form):
+        eight = simd.broadcast(np.float32(excess(_INT4)))
+        simd.store(out, MIDDLE, simd.fused_multiply_add(eight, scale, minimum))
 
 
 @compiled(inline=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from npllama.dtypes import PACKINGS, Array, Tensor
-from npllama.kernels import byte_rows, vector_blocks, vector_rows
-from npllama.kernels.byte_tokens import EXACT, ROUNDED
+from npllama.kernels import byte_columns, byte_rows, vector_blocks, vector_rows
 from npllama.kernels.filled import multiply_filled_up
 from npllama.kernels.rounded import rounded
 from npllama.kernels.vector_squares import BYTES, FLOATS, PAIRS
@@ -29,7 +28,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     if len(x) > _FEW:
         vector_blocks.multiply(x, weights, outputs, FLOATS)
     elif weights[0].dtype in PACKINGS:
-        multiply_filled_up(byte_rows.multiply, x, weights, outputs, _LEAST, EXACT)
+        multiply_filled_up(byte_rows.multiply, x, weights, outputs, _LEAST)
     else:
         kind = vector_rows.FLOATS if weights[0].dtype == "float32" else vector_rows.HALVES
         multiply_filled_up(vector_rows.multiply, x, weights, outputs, _LEAST, kind)
@@ -46,8 +45,11 @@ def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Arra
 
 
 def multiply_bytes(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
-    """Do the same with x rounded to int8, and weights of int8 or int4: many tokens take a quarter of the time then."""
+    """Do the same with x rounded to int8, and weights of int8 or int4: many tokens take a quarter of the time then.
+
+    A token's numbers are the same, bit by bit, however many there are.
+    """
     if len(x) > _FEW:
         vector_blocks.multiply(x, weights, outputs, BYTES)
     else:
-        multiply_filled_up(byte_rows.multiply, x, weights, outputs, _LEAST, ROUNDED)
+        multiply_filled_up(byte_columns.multiply, x, weights, outputs, _LEAST)

@@ -1,4 +1,4 @@
-"""Products of a few tokens by dot products of bytes, exact and with tokens rounded to int8."""
+"""Products of a few tokens by dot products of bytes, as exact as float32; and what holds for rounded ones alike."""
 
 from __future__ import annotations
 

@@ -1,0 +1,292 @@
+"""Products of one token, or a few, that are rounded to int8, with int8 and int4 weights: sixteen rows side by side.
+
+The rows of a **block** are turned into columns in registers (`npllama.kernels.simd_columns`), a group of 64 numbers at
+a time, and each column meets all tokens of a **party**, eight at most. Rows are turned in the time that one or two
+tokens take to be multiplied, and nobody waits for that where weights come from memory; in exchange a sum's lanes are
+rows, and several tokens cost little more than their multiplications.
+
+Weights count as unsigned: int8 as 128 more than they are, int4 as it is stored, 8 more than around zero. The exact sum
+of a group begins with what that makes too much. It is then multiplied by what the group has in common::
+
+    y += scale · step · sum(q · integer)  [+ (minimum + 8 scale) · sum of the token's group, for int4]
+
+That is what `npllama.kernels.vector_blocks` does to many tokens, in the same order: the numbers of a token are, bit by
+bit, the same, whatever the tokens beside it, as few or many as they are.
+
+What comes next, sixteen rows that lie one behind the other, is fetched from memory meanwhile, in the order in which it
+lies there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
+from npllama.kernels import simd
+from npllama.kernels.by_address import address_of
+from npllama.kernels.byte_rows import Rows, rows_at
+from npllama.kernels.jit import compiled
+from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
+from npllama.kernels.memory import aligned
+from npllama.kernels.rounded import int8_lanes
+from npllama.kernels.simd_columns import add_bytes, add_nibbles
+from npllama.kernels.simd_quantised import load_floats
+from npllama.kernels.simd_sums import add_stepped, add_to_memory, first_sums, no_sums, outer_floats, store_sums
+from npllama.kernels.vector_rows import tokens_of
+from npllama.kernels.vector_squares import (
+    BYTES,
+    LINE,
+    MIDDLE,
+    SCALE,
+    SQUARE,
+    WEIGHT_LINES,
+    chunk_groups,
+    excess,
+    lay_factors,
+)
+
+#: Tokens at most.
+FEW = 16
+#: Rows of a matrix that are a unit of work.
+BLOCK = 16
+#: Tokens of a party, at most.
+PARTY = 8
+
+#: A multiple of this many bytes from one row to the next, and all rows have their lines in the same few places of the
+#: first-level cache: turned where they lie, they would drive one another out before a line is used up.
+_SAME_PLACES = 4096
+#: Numbers of tokens that columns are multiplied with, see `npllama.kernels.vector_rows.tokens_of`.
+_ONE, _FOUR, _EIGHT = 1, 4, 8
+_INT8, _INT4 = FORMS["int8"], FORMS["int4"]
+_BYTE, _FLOAT = np.empty(0, np.int8), np.empty(0, np.float32)  # only their dtypes matter
+
+
+class Block(NamedTuple):
+    """Sixteen rows, and what else it takes to multiply them.
+
+    Attributes
+    ----------
+    rows, ahead : Rows
+        The rows; as many that are multiplied next.
+    groups : int
+        Groups of 64 numbers that a row has.
+    is_int4 : bool
+        The weights are int4, not int8.
+    factors : int
+        Address of two lines for each group, of scales and middles.
+    sums : int
+        Address of a line for each token of a party: its numbers for the sixteen rows.
+    lines : int
+        Address of room for a line of each row.
+    """
+
+    rows: Rows
+    ahead: Rows
+    groups: int
+    is_int4: bool
+    factors: int
+    sums: int
+    lines: int
+
+
+def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
+    """Fill each output (T, M) with round(x) (T, N) · weight (M, N)ᵀ, for weights of one dtype that share N.
+
+    Parameters
+    ----------
+    x : ndarray of shape (T, N), float32
+        T is 16 at most. It is rounded to int8, see `npllama.rounding`.
+    weights : sequence of Tensor of shape (M, N)
+        All int8, or all int4. M may differ, and is 16 at least.
+    outputs : sequence of ndarray of shape (T, M), float32
+    """
+    is_int4, groups = PACKINGS[weights[0].dtype].has_minima, n_groups(x.shape[1])
+    tokens = aligned(tokens_bytes(groups, len(x)), _BYTE)
+    round_tokens(np.ascontiguousarray(x), is_int4, tokens)
+    arguments = tokens, len(x), groups, is_int4
+    deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work())
+
+
+@cache
+def _address_of_work() -> int:
+    """Return the address of `_multiply_blocks`."""
+    return address_of(_multiply_blocks, (_BYTE, 1, 1, True), np.empty((1, 6), np.int64), 1, 1)
+
+
+@compiled()
+def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None:
+    """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
+    tokens, n_new, groups, is_int4 = arguments
+    room = aligned(room_size(groups), _FLOAT)
+    for block in range(start, stop):
+        job, first = job_of(jobs, block, BLOCK)
+        row = min(first, job[ROWS] - BLOCK)
+        rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), row, groups, is_int4)
+        ahead, output = rows_at(rows, BLOCK, groups, is_int4), job[OUTPUT] + 4 * row
+        multiply_block(rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS])
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------
+
+
+@compiled(inline=True)
+def _pitch(count: int) -> int:
+    """Return the bytes from the steps of so many tokens to what their sums begin with, and from there to their sums."""
+    return 4 * max(count, _FOUR)
+
+
+@compiled(inline=True)
+def _group_bytes(count: int) -> int:
+    """Return the bytes of a group of so many tokens: a line of integers each, and behind them three numbers each."""
+    return LINE * count + max(LINE, 4 * _pitch(count))
+
+
+@compiled()
+def tokens_bytes(groups: int, n_new: int) -> int:
+    """Return how many bytes so many tokens take."""
+    whole = n_new // PARTY
+    rest = n_new - PARTY * whole
+    return groups * (whole * _group_bytes(PARTY) + (_group_bytes(tokens_of(rest)) if rest > 0 else 0))
+
+
+@compiled()
+def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
+    """Round tokens x (T, N) to int8 for weights of a dtype; ``room`` has as many bytes as `tokens_bytes` says.
+
+    Parties follow one another, group by group.
+    """
+    n_new, width = x.shape
+    groups, too_large = (width + GROUP - 1) // GROUP, excess(_INT4 if is_int4 else _INT8)
+    padded = np.zeros(GROUP, np.float32)
+    numbers, spare = np.int64(x.ctypes.data), np.int64(padded.ctypes.data)
+    room[:] = 0
+    for t in range(n_new):
+        first = t // PARTY * PARTY
+        count, place = tokens_of(min(PARTY, n_new - first)), np.int64(room.ctypes.data) + tokens_bytes(groups, first)
+        steps, pitch = LINE * count + 4 * (t - first), _pitch(count)
+        for g in range(groups):
+            here, n_left = numbers + 4 * (t * width + GROUP * g), width - GROUP * g
+            if n_left < GROUP:
+                for j in range(n_left):
+                    padded[j] = x[t, GROUP * g + j]
+                here = spare
+            step, total = int8_lanes(here, place + LINE * (t - first))
+            simd.store_one(place, steps, step)
+            simd.store_one(place, steps + pitch, np.int32(-too_large * total))
+            simd.store_one(place, steps + 2 * pitch, np.float32(total) * step)
+            place += _group_bytes(count)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def room_size(groups: int) -> int:
+    """Return how many numbers `multiply_block` needs for sums, factors and their turning, in whole cache lines."""
+    return (LINE * PARTY + WEIGHT_LINES * groups + SQUARE) // 4
+
+
+@compiled()
+def multiply_block(
+    rows: Rows,
+    groups: int,
+    is_int4: bool,
+    tokens: Array,
+    n_new: int,
+    ahead: Rows,
+    room: Array,
+    output: int,
+    token_bytes: int,
+) -> None:
+    """Write the products of sixteen rows with all tokens to an address, as float32.
+
+    Parameters
+    ----------
+    rows : Rows
+        Where the first row is.
+    groups : int
+        Groups of 64 numbers that a row has.
+    is_int4 : bool
+        The weights are int4, not int8.
+    tokens : ndarray, int8
+        From `round_tokens`.
+    n_new : int
+        T.
+    ahead : Rows
+        What is multiplied next.
+    room : ndarray, float32
+        As long as `room_size` says.
+    output, token_bytes : int
+        Where to, and bytes from one token's numbers to the next one's.
+    """
+    sums, x = np.int64(room.ctypes.data), np.int64(tokens.ctypes.data)
+    factors, form = sums + LINE * PARTY, _INT4 if is_int4 else _INT8
+    lines, per_chunk = factors + WEIGHT_LINES * groups, chunk_groups(BYTES)
+    for g in range(0, groups, per_chunk):
+        here, count = factors + WEIGHT_LINES * g, min(per_chunk, groups - g)
+        lay_factors(rows.scales, rows.minima, BLOCK, groups, g, count, form, lines, here, WEIGHT_LINES)
+    for first in range(0, n_new, PARTY):
+        block, party = Block(rows, ahead, groups, is_int4, factors, sums, lines), min(PARTY, n_new - first)
+        count = tokens_of(party)
+        if count == _ONE:
+            _multiply_party(_ONE, block, x)
+        elif count == _FOUR:
+            _multiply_party(_FOUR, block, x)
+        else:
+            _multiply_party(_EIGHT, block, x)
+        for t in range(party):
+            simd.store(output + (first + t) * token_bytes, 0, load_floats(sums, LINE * t))
+        x += groups * _group_bytes(count)
+        ahead = rows  # once is enough
+
+
+@compiled(inline=True)
+def _multiply_party(count: int, block: Block, x: int) -> None:
+    """Fill the sums of literally so many tokens, which begin at an address.
+
+    The sums of a chunk are added up by themselves. A line of each row is a group of int8, or two of int4.
+    """
+    store_sums(block.sums, no_sums(count))
+    per_chunk, per_line, size = chunk_groups(BYTES), 2 if block.is_int4 else 1, GROUP // 2 if block.is_int4 else GROUP
+    steps, pitch, row_bytes = LINE * count, _pitch(count), size * block.groups
+    for start in range(0, block.groups, per_chunk):
+        stop = min(start + per_chunk, block.groups)
+        _fetch(block, start, stop)
+        totals = no_sums(count)
+        for first in range(start, stop, per_line):
+            for line in range(0, LINE * BLOCK, LINE):
+                simd.prefetch(block.ahead.data + BLOCK * size * first, line)
+            rows, apart = block.rows.data + size * first, row_bytes
+            if row_bytes % _SAME_PLACES == 0:
+                _copy_lines(rows, row_bytes, block.lines)
+                rows, apart = block.lines, np.int64(LINE)
+            for g in range(first, min(first + per_line, stop)):
+                factors = block.factors + WEIGHT_LINES * g
+                tile = first_sums(x + steps + pitch, count)
+                tile = add_nibbles(tile, rows, apart, x) if block.is_int4 else add_bytes(tile, rows, apart, x)
+                totals = add_stepped(totals, tile, load_floats(factors, SCALE), x + steps)
+                if block.is_int4:
+                    totals = outer_floats(totals, factors + MIDDLE, x + steps + 2 * pitch)
+                rows, x = rows + size, x + _group_bytes(count)
+        add_to_memory(block.sums, totals)
+
+
+@compiled(inline=True)
+def _copy_lines(rows: int, row_bytes: int, lines: int) -> None:
+    """Copy a line of each row, one behind the other."""
+    for r in range(BLOCK):
+        simd.store(lines, LINE * r, simd.load_bytes(rows + r * row_bytes, 0))
+
+
+@compiled(inline=True)
+def _fetch(block: Block, start: int, stop: int) -> None:
+    """Fetch a chunk's share of the scales and minima that are needed next."""
+    for place in range(2 * BLOCK * start, 2 * BLOCK * stop, LINE):
+        simd.prefetch(block.ahead.scales, place)
+        if block.is_int4:
+            simd.prefetch(block.ahead.minima, place)
