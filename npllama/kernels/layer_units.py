@@ -96,12 +96,16 @@ class Shared(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What one thread has to itself: the input normed and taken apart, and the outputs of one or two blocks."""
+    """What one thread has to itself: the input normed and taken apart, the outputs of one or two blocks, and one gated.
+
+    It is a third array: where an output is an input as well, the compiler leaves vector registers aside.
+    """
 
     inputs: Inputs
     normed: Array
     block: Array
     second: Array
+    gated: Array
     sequences: Array
 
 
@@ -112,6 +116,7 @@ def own_of(plan: Plan, sequences: Array, like: Array) -> Own:
     return Own(
         inputs_room(plan.n_new, widest, like, plan.rounds, plan.kind),
         np.empty((plan.n_new, plan.dim), np.float32),
+        np.empty(plan.n_new * ROWS, np.float32),
         np.empty(plan.n_new * ROWS, np.float32),
         np.empty(plan.n_new * ROWS, np.float32),
         sequences.copy(),
@@ -220,8 +225,8 @@ def multiply_unit(
     elif kind == GATE_UP:
         multiply_part(plan.n_new, part_of(layer, np.int64(_W3), row, n), ahead_too, own.inputs, own.second, ways)
         _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
-        _glu(own.block, own.second, own.block, plan.activation)
-        copy_block(own.block, shared.act, row, skipped)
+        _glu(own.block, own.second, own.gated, plan.activation)
+        copy_block(own.gated, shared.act, row, skipped)
     elif kind == OUT:
         add_residual(own.block, shared.x, row)
         copy_block(own.block, shared.mid, row, skipped)
