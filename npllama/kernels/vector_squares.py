@@ -298,7 +298,8 @@ def lay_factors(
     """
     pitch = np.int64(2 * groups)
     scales, minima = scales + 2 * start, minima + 2 * start
-    if n_rows < SIDE or groups < 8:
+    is_copied = n_rows < SIDE or groups < 8
+    if is_copied:
         for r in range(SIDE):
             place = min(r, n_rows - 1) * pitch
             copy_first(room + LINE * r, scales + place, count)
@@ -306,7 +307,7 @@ def lay_factors(
                 copy_first(room + LINE * r + LINE // 2, minima + place, count)
         scales, minima, pitch = room, room + LINE // 2, np.int64(LINE)
     for first in range(0, count, 8):
-        g = first if n_rows < SIDE or groups < 8 else min(first, count - 8)  # there may be no memory behind a row
+        g = first if is_copied else min(first, groups - 8 - start)  # there may be no memory behind a row
         a, b, c, d = columns_at(scales + 2 * g, pitch)
         e, f, h, i = columns_at(minima + 2 * g, pitch) if has_minima(form) else (a, b, c, d)
         _lay_two(a, e, form, out, step, g, count)

@@ -90,33 +90,39 @@ def test_the_larger_integer_of_two_the_largest_of_sixteen_and_their_sum() -> Non
     np.testing.assert_array_equal(found, np.full(16, a.sum()))
 
 
-BEHIND_MEMORY = """
+BESIDE_MEMORY = """
 import ctypes, mmap
 import numpy as np
 from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import Tensor
 from npllama.kernels.matmul import products
 
-def at_the_end(array):
-    '''Copy an array to the end of a page behind which nothing may be read.'''
+def alone(array, is_behind):
+    '''Copy an array to the end of its pages, or to their beginning, beside one that nobody may read.'''
     size = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    room = mmap.mmap(-1, size + mmap.PAGESIZE)
+    room = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + size), mmap.PAGESIZE, 0) == 0
-    copy = np.frombuffer(room, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
+    for closed in (begin, begin + mmap.PAGESIZE + size):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(closed), mmap.PAGESIZE, 0) == 0
+    offset = mmap.PAGESIZE + (size - array.nbytes if is_behind else 0)
+    copy = np.frombuffer(room, array.dtype, array.size, offset).reshape(array.shape)
     copy[:] = array
     return copy
 
 for dtype in ("int8", "int4"):
     for width in (64, 576, 1100):
-        numbers = np.random.default_rng(0).normal(size=(16, width)).astype(np.float32)
-        data, scales, *minima = (at_the_end(part) for part in quantize(numbers, dtype))
-        y = products("avx512").linear(numbers[:1], Tensor(data, dtype, scales, *(minima or [None]), width))
-        assert abs(y[0, 0] / (numbers[0] @ numbers[0]) - 1) < 0.05
+        numbers = np.random.default_rng(0).normal(size=(20, width)).astype(np.float32)
+        for is_behind in (True, False):
+            data, scales, *minima = (alone(part, is_behind) for part in quantize(numbers, dtype))
+            weight = Tensor(data, dtype, scales, *(minima or [None]), width)
+            for activations in ("float32", "bfloat16", "int8"):
+                for count in (1, 20):
+                    y = products("avx512", activations).linear(numbers[:count], weight)
+                    assert abs(y[0, 0] / (numbers[0] @ numbers[0]) - 1) < 0.05
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to protect a page")
-def test_products_read_nothing_behind_their_matrices() -> None:
-    run = subprocess.run([sys.executable, "-c", BEHIND_MEMORY], capture_output=True, text=True)
+def test_products_read_nothing_before_or_behind_their_matrices() -> None:
+    run = subprocess.run([sys.executable, "-c", BESIDE_MEMORY], capture_output=True, text=True)
     assert run.returncode == 0, (run.returncode, run.stderr)
