@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -40,5 +41,6 @@ def untouched_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     except (OSError, OverflowError) as error:
         raise MemoryError(f"no room for {size} bytes") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        with suppress(OSError):  # a system that has no huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, np.uint8).view(dtype).reshape(shape)

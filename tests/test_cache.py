@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import re
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_room_for_a_long_text_takes_memory_only_for_what_is_there(dtype: str) ->
     rows_written = 2 * config.n_layers * config.n_kv_heads
     assert cache.nbytes > 30 << 20
     assert resident_bytes() - before < (4 << 20) + rows_written * mmap.PAGESIZE
+
+
+def test_a_system_without_huge_pages_has_room_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages(mmap.mmap):
+        def madvise(self, *advice: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("npllama.pages.mmap.mmap", Pages)
+    keys, _ = KVCache(CONFIG, 8).append(0, rows(3, 1), rows(3, -1))
+    np.testing.assert_array_equal(keys[:, 0, 0], [1, 1, 1])
 
 
 def resident_bytes() -> int:

@@ -187,7 +187,7 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
 
 @compiled()
 def room_size(groups: int) -> int:
-    """Return how many numbers `multiply_block` needs for sums, factors and their turning, in whole cache lines."""
+    """Return how many numbers `multiply_block` needs for sums, factors and a line of each row, in whole cache lines."""
     return (LINE * PARTY + WEIGHT_LINES * groups + SQUARE) // 4
 
 
