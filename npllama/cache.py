@@ -37,7 +37,8 @@ class KVCache:
         Positions to make room for.
     dtype : str
         "float32" keeps what is appended as it comes, float64 included. "bfloat16" rounds it, to the nearest with ties
-        to even, which halves memory and the time to read it, and costs two of three digits.
+        to even, which halves memory and the time to read it, and costs two of three digits. It also is what attention
+        then multiplies in, see `npllama.rounding`.
 
     Attributes
     ----------

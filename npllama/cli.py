@@ -210,8 +210,8 @@ def _add_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cache-dtype",
         choices=("f32", "bf16"),
-        default="f32",
-        help="how keys and values are kept; bf16 takes half the memory, and a long text goes faster (default: f32)",
+        help="how keys and values are kept, and what attention multiplies in; bf16 takes half the memory, and a long "
+        "text goes faster (default: bf16 if --activations rounds, otherwise f32)",
     )
 
 

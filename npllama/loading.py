@@ -31,7 +31,7 @@ def load(
     threads: int | None = None,
     kernels: str | None = None,
     activations: str = "float32",
-    cache_dtype: str = "float32",
+    cache_dtype: str | None = None,
     special_tokens: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Model:
@@ -53,8 +53,9 @@ def load(
         for it. Where that is a matrix unit, integer weights are then rounded to bfloat16, too, if more than 16 tokens
         meet them. int8, in groups of 64, is what other engines multiply integer weights by: two to three times as fast
         with AVX-512. It costs more, and leaves all weights as they are.
-    cache_dtype : {"float32", "bfloat16"}
-        How the model's caches keep keys and values. bfloat16 takes half the memory, and a long text goes faster. A
+    cache_dtype : {"float32", "bfloat16"}, optional
+        How the model's caches keep keys and values, and what attention multiplies in. bfloat16 takes half the memory,
+        and a long text goes faster. By default that is for activations that are rounded, and float32 for others. A
         `npllama.KVCache` of your own may differ; what it needs is then compiled when it is first used.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
@@ -80,6 +81,7 @@ def load(
         raise ParameterError(f"kernels were chosen ({kernels!r}), but the backend is {backend!r}, which has none")
     if activations not in ACTIVATIONS:
         raise ParameterError(f"the activations are {activations!r}, expected one of {', '.join(ACTIVATIONS)}")
+    cache_dtype = cache_dtype or ("float32" if activations == "float32" else "bfloat16")
     check_dtype(cache_dtype)
     if activations != "float32" and backend == "float64":
         raise ParameterError(f"activations were rounded to {activations}, but the float64 backend is the truth")

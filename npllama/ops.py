@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.dtypes import Array, Tensor
+from npllama.rounding import rounded, softmax_of_rounded
 
 #: Rows of a weight that are widened at a time: enough for BLAS to work well, small beside any model.
 _BLOCK_BYTES = 16 << 20
@@ -229,7 +230,8 @@ def attention(
         Queries of the last T of S positions, rotated where positions are told by RoPE.
     keys, values : ndarray of shape (S, K, Dh)
         Of all positions so far. Each of the K heads serves R = H / K query heads in a row: query head h reads
-        key/value head ``h // R``. They are never repeated in memory.
+        key/value head ``h // R``. They are never repeated in memory. Where they are bfloat16, what they are multiplied
+        with is rounded to it, see `npllama.rounding`.
     tap : callable
         Receives ``scores`` and ``probs``, (H, T, S).
     divisor : float, optional
@@ -251,6 +253,9 @@ def attention(
     n_new, n_heads, head_dim = q.shape
     n_all, n_kv_heads, _ = keys.shape
     group = n_heads // n_kv_heads
+    is_rounded = keys.dtype.name == values.dtype.name == "bfloat16"
+    if is_rounded:
+        q = rounded(q)
     # The R queries of a group stand under one another, so that a group is one matrix product with its keys.
     grouped = q.reshape(n_new, n_kv_heads, group, head_dim).transpose(1, 2, 0, 3)  # (K, R, T, Dh)
     rows = grouped.reshape(n_kv_heads, group * n_new, head_dim)  # (K, R*T, Dh)
@@ -259,7 +264,8 @@ def attention(
     ahead = np.arange(n_all) - np.arange(n_all - n_new, n_all)[:, None]  # (T, S) key's position minus query's
     hidden = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
     scores = tap("scores", np.where(hidden, scores.dtype.type(-np.inf), scores))
-    probs = tap("probs", softmax(scores)).reshape(n_kv_heads, group * n_new, n_all)  # (K, R*T, S)
+    probs = tap("probs", softmax_of_rounded(scores) if is_rounded else softmax(scores))
+    probs = probs.reshape(n_kv_heads, group * n_new, n_all)  # (K, R*T, S)
     context = (probs @ values.transpose(1, 0, 2)).reshape(n_heads, n_new, head_dim)  # (H, T, Dh)
     return np.ascontiguousarray(context.transpose(1, 0, 2))
 

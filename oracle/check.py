@@ -63,7 +63,7 @@ def check(
         The engine itself computes in float32: with bfloat16 the report shows how it stands to a run as Meta's.
     activations : {"float32", "bfloat16", "int8"}
         What the engine rounds the inputs of its products to; see `npllama.load`. A reference in bfloat16 rounds those
-        and more. One in int8 rounds exactly those, exactly so.
+        and more. One in int8 rounds exactly those, exactly so; so the engine keeps keys and values in float32 then.
     say : callable
         Told what is being done.
 
@@ -96,7 +96,10 @@ def check(
     say("torch in float64, the truth")
     truth = _recorded(store, fed, prefill, "float64")
     say(f"the {backend} engine, then each of its operations alone on torch's inputs")
-    model = npllama.load(store.path, backend=backend, threads=threads, activations=activations)
+    cache_dtype = (
+        "bfloat16" if activations == "bfloat16" else "float32"
+    )  # int8 is the reference's way with weights only
+    model = npllama.load(store.path, backend=backend, threads=threads, activations=activations, cache_dtype=cache_dtype)
     candidate = MemoryTrace(tokens=fed, prefill=prefill, dtype=dtype, config=store.config)
     run_trace(model, fed, prefill=prefill, into=candidate)
     report = compare(candidate, reference, truth, local=shadow_run(model, reference))

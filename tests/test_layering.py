@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "dtypes": {"errors"},
     "strict_json": {"errors"},
-    "ops": {"dtypes", "errors"},
+    "ops": {"dtypes", "errors", "rounding"},
     "rounding": {"dtypes"},
     "pages": {"dtypes"},
     "kernels": {"dtypes", "errors"},

@@ -51,15 +51,24 @@ def test_an_unknown_backend_names_the_known_ones(store: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["fast", "numpy"])
-@pytest.mark.parametrize(("options", "dtype"), [({}, "float32"), ({"cache_dtype": "bfloat16"}, "bfloat16")])
-def test_caches_are_of_the_dtype_that_was_asked_for(
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, "float32"),
+        ({"cache_dtype": "bfloat16"}, "bfloat16"),
+        ({"activations": "int8"}, "bfloat16"),
+        ({"activations": "bfloat16", "cache_dtype": "float32"}, "float32"),
+    ],
+)
+def test_caches_are_of_the_dtype_that_was_asked_for_and_else_as_exact_as_activations(
     store: Path, backend: str, options: dict[str, str], dtype: str
 ) -> None:
     model = npllama.load(store, backend=backend, **options)
     cache = model.new_cache(4)
     assert cache.dtype == model.cache_dtype == dtype
     model.forward([1, 2], cache)
-    assert cache.nbytes == 2 * CONFIG.n_layers * 4 * CONFIG.n_kv_heads * CONFIG.head_dim * (2 if options else 4)
+    itemsize = {"float32": 4, "bfloat16": 2}[dtype]
+    assert cache.nbytes == 2 * CONFIG.n_layers * 4 * CONFIG.n_kv_heads * CONFIG.head_dim * itemsize
 
 
 def test_an_unknown_cache_dtype_names_the_known_ones(store: Path) -> None:

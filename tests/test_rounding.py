@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,14 @@ from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, narrow
 from npllama.errors import ParameterError
 from npllama.kernels.features import PATHS, host_features
-from npllama.rounding import ACTIVATIONS, ROUNDINGS, rounded, rounded_to_int8, with_rounded_inputs
+from npllama.rounding import (
+    ACTIVATIONS,
+    ROUNDINGS,
+    rounded,
+    rounded_to_int8,
+    softmax_of_rounded,
+    with_rounded_inputs,
+)
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens, write_hf
 
 CONFIG = loud_config()
@@ -46,6 +54,32 @@ def test_rounding_is_to_the_nearest_and_ties_go_to_the_even() -> None:
     x = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, -(1 + 2**-8 + 2**-20), np.inf, 3.4e38], np.float32)
     expected = np.array([1.0, 1.0, 1 + 2**-6, 1.0, -(1 + 2**-7), np.inf, np.inf], np.float32)
     np.testing.assert_array_equal(rounded(x), expected)
+
+
+def test_float64_is_rounded_to_the_same_numbers_and_stays_float64() -> None:
+    x = np.random.default_rng(0).normal(size=100)
+    assert rounded(x).dtype == np.float64
+    np.testing.assert_array_equal(rounded(x), rounded(x.astype(np.float32)))
+
+
+def test_probabilities_are_in_the_proportions_of_rounded_weights_wherever_these_begin() -> None:
+    scores = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32)
+    scores[1, 7:] = -np.inf
+    scores[2] *= 10
+    for dtype, near in ((np.float32, 1e-5), (np.float64, 1e-12)):
+        found = softmax_of_rounded(scores.astype(dtype))
+        assert found.dtype == dtype
+        for n in (-3, 0, 5):
+            powers = scores.astype(np.float64) * math.log2(math.e)
+            weights = rounded(np.exp2(powers - powers.max(axis=1, keepdims=True).round() - n))
+            expected = weights / weights.sum(axis=1, keepdims=True)
+            # float32's powers may lie on the other side of where two bfloat16 meet
+            differs = np.abs(found - expected) > near * expected
+            assert differs.mean() < (0.05 if dtype == np.float32 else 1e-9)
+            np.testing.assert_allclose(found, expected, rtol=2**-7)
+        assert np.abs(found[0] / ops.softmax(scores[0].astype(dtype)) - 1).max() > 2**-11
+        np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
+    assert (softmax_of_rounded(scores)[1, 7:] == 0).all()
 
 
 def group(*numbers: float, largest: float = 127.0, size: int = GROUP) -> Array:

@@ -13,8 +13,8 @@ from npllama.errors import FileAccessError, TokenizerError
 from npllama.generation.prefill import reach
 from npllama.loading import load
 
-#: Value of --cache-dtype -> dtype of the model's caches.
-_CACHE_DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+#: Value of --cache-dtype, or None where it is not given -> dtype of the model's caches, or None for the default.
+_CACHE_DTYPES = {None: None, "f32": "float32", "bf16": "bfloat16"}
 
 
 def load_model(options: argparse.Namespace) -> Model:
@@ -26,7 +26,7 @@ def load_model(options: argparse.Namespace) -> Model:
             threads=options.threads,
             kernels=options.kernels,
             activations=options.activations,
-            cache_dtype=_CACHE_DTYPES[getattr(options, "cache_dtype", "f32")],
+            cache_dtype=_CACHE_DTYPES[getattr(options, "cache_dtype", None)],
             progress=progress,
         )
     if model.notice:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from npllama.dtypes import Array
 from npllama.kernels.attend_few import attend_few, attend_few_plainly
-from npllama.kernels.attend_piece import _BLOCK, Piece, attend_many, exp2
+from npllama.kernels.attend_many import attend_many
+from npllama.kernels.attend_piece import _BLOCK, Piece, exp2
 from npllama.kernels.by_address import address_of, call_at
-from npllama.kernels.features import choose, host_features
+from npllama.kernels.features import choose, host_features, ladder
 from npllama.kernels.jit import compiled, exp
 
 #: Taps that `attention` does not materialise: scores and probabilities live for a block of keys at a time.
@@ -94,9 +95,8 @@ class Attending:
         readable, like = _readable(caches)
         scale = np.float32(math.log2(math.e) / (math.sqrt(q.shape[2]) if divisor is None else divisor))
         limit = _UNLIMITED if window is None else window
-        n_kv_heads, wide = readable[0][0].shape[1], self.path != "portable"
-        plain, piece = None if wide else _NUMBERS, piece_for(like.dtype.name, wide)
-        _attend(q, _table(counts, readable), n_kv_heads, scale, limit, like, plain, context, piece)
+        table, n_kv_heads, by = _table(counts, readable), readable[0][0].shape[1], ways_of(like.dtype.name, self.path)
+        _attend(q, table, n_kv_heads, scale, limit, like, by.plain, by.pairs, context, by.few, by.many)
         return context
 
 
@@ -168,15 +168,26 @@ def _table(counts: Sequence[int], caches: Sequence[tuple[Array, Array]]) -> NDAr
     return table
 
 
-@cache
-def piece_for(dtype: str, wide: bool) -> int:
-    """Return the address of `_attend_piece` for keys and values of a dtype: "float32", or "uint16" for bfloat16.
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How pieces are done: what `_do_few` and `_do_many` take beside the work, and their addresses."""
 
-    ``wide`` says to use vector registers by name.
-    """
-    cube, square, like = np.empty((1, 1, 1), np.float32), np.empty((1, 1), np.float32), np.empty(0, dtype)
-    table, one, plain = np.empty((1, 8), np.int64), np.float32(1), None if wide else _NUMBERS
-    return address_of(_attend_piece, cube, table, table[0], 1, one, 1, like, plain, cube, square, square, cube)
+    plain: Array | None
+    pairs: Array | None
+    few: int
+    many: int
+
+
+@cache
+def ways_of(dtype: str, path: str) -> Ways:
+    """Return the ways of a path for keys and values of a dtype: "float32", or "uint16" for bfloat16."""
+    plain = _NUMBERS if path == "portable" else None
+    pairs = _NUMBERS if "avx512bf16" in ladder(path) and dtype == _BITS.dtype else None
+    cube, square = np.empty((1, 1, 1), np.float32), np.empty((1, 1), np.float32)
+    table, like = np.empty((1, 8), np.int64), np.empty(0, dtype)
+    work, rooms = (cube, table, table[0], 1, np.float32(1), 1, like), (cube, square, square, cube)
+    few, many = address_of(_do_few, *work, plain, *rooms), address_of(_do_many, *work, plain, pairs, *rooms)
+    return Ways(plain, pairs, few, many)
 
 
 @compiled(parallel=True)
@@ -188,10 +199,12 @@ def _attend(
     window: int,
     like: Array,
     plain: Array | None,
+    pairs: Array | None,
     context: Array,
-    piece: int,
+    few: int,
+    many: int,
 ) -> None:
-    """Fill context (T, H, Dh), the pieces shared between threads; ``piece`` is the address of `_attend_piece`.
+    """Fill context (T, H, Dh), the pieces shared between threads; see `Ways`.
 
     Where the keys of a query are split between pieces, each fills a part of its own, and the parts are merged.
     """
@@ -204,12 +217,16 @@ def _attend(
     parts = np.empty((n_parts * rows, group, q.shape[2]), np.float32)
     peaks, totals = np.empty((n_parts, rows * group), np.float32), np.empty((n_parts, rows * group), np.float32)
     for i in prange(len(pieces)):
-        call_at(piece, (q, table, pieces[i], group, scale, window, like, plain, parts, peaks, totals, context))
+        work, rooms = (q, table, pieces[i], group, scale, window, like, plain), (parts, peaks, totals, context)
+        if table[pieces[i, _SEQUENCE], _COUNT] > _FEW:
+            call_at(many, (*work, pairs, *rooms))
+        else:
+            call_at(few, (*work, *rooms))
     _merge(table, pieces, group, parts, peaks, totals, context)
 
 
 @compiled()
-def _attend_piece(
+def _do_few(
     q: Array,
     table: Array,
     line: Array,
@@ -223,14 +240,49 @@ def _attend_piece(
     totals: Array,
     context: Array,
 ) -> None:
-    """Do the piece of one line of the table of pieces: fill its part, or its share of the context.
+    """Do the piece of one line of the table of pieces, of up to 16 rows: fill its part, or its share of the context.
 
     Where ``plain`` is an array, whichever, that is done in plain loops. Where it is None, vector registers are used by
     name. What is not used is not compiled.
     """
+    piece = _piece_of(table, line, group, window)
+    out, row, head = _where_to(line, piece, parts, peaks, context)
+    if plain is None:
+        highest, total = attend_few(q, scale, piece, like, out, row, head)
+    else:
+        highest, total = attend_few_plainly(q, scale, piece, like, out, row, head)
+    _note(line, piece, highest, total, peaks, totals)
+
+
+@compiled()
+def _do_many(
+    q: Array,
+    table: Array,
+    line: Array,
+    group: int,
+    scale: np.float32,
+    window: int,
+    like: Array,
+    plain: Array | None,
+    pairs: Array | None,
+    parts: Array,
+    peaks: Array,
+    totals: Array,
+    context: Array,
+) -> None:
+    """Do the same of more rows; where ``pairs`` is an array, with instructions for pairs of bfloat16."""
+    piece = _piece_of(table, line, group, window)
+    out, row, head = _where_to(line, piece, parts, peaks, context)
+    highest, total = attend_many(q, scale, piece, like, plain, pairs, out, row, head)
+    _note(line, piece, highest, total, peaks, totals)
+
+
+@compiled(inline=True)
+def _piece_of(table: Array, line: Array, group: int, window: int) -> Piece:
+    """Return the piece of one line of the table of pieces."""
     sequence = table[line[_SEQUENCE]]
     offset = line[_HEAD] * sequence[_HEAD_STRIDE]
-    piece = Piece(
+    return Piece(
         sequence[_ROW] + line[_FIRST],
         line[_END] - line[_FIRST],
         line[_HEAD] * group,
@@ -243,17 +295,22 @@ def _attend_piece(
         line[_STOP],
         window,
     )
-    part, split, n_queries = line[_PART], line[_SPANS] > 1, piece.rows * group
-    out, row, head = (parts, part * (peaks.shape[1] // group), 0) if split else (context, piece.row, piece.head)
-    if sequence[_COUNT] > _FEW:
-        highest, total = attend_many(q, scale, piece, like, plain, out, row, head)
-    elif plain is None:
-        highest, total = attend_few(q, scale, piece, like, out, row, head)
-    else:
-        highest, total = attend_few_plainly(q, scale, piece, like, out, row, head)
-    if split:
-        for m in range(n_queries):
-            peaks[part, m], totals[part, m] = highest[m], total[m]
+
+
+@compiled(inline=True)
+def _where_to(line: Array, piece: Piece, parts: Array, peaks: Array, context: Array) -> Any:
+    """Return the array that a piece fills, parts or context, and from which row and head on."""
+    if line[_SPANS] > 1:
+        return parts, line[_PART] * (peaks.shape[1] // piece.group), 0
+    return context, piece.row, piece.head
+
+
+@compiled(inline=True)
+def _note(line: Array, piece: Piece, highest: Array, total: Array, peaks: Array, totals: Array) -> None:
+    """Write down the peaks and totals of a part."""
+    if line[_SPANS] > 1:
+        for m in range(piece.rows * piece.group):
+            peaks[line[_PART], m], totals[line[_PART], m] = highest[m], total[m]
 
 
 @compiled(inline=True)

@@ -15,22 +15,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from npllama.dtypes import Array
+from npllama.kernels.attend_many import add_product_plainly
 from npllama.kernels.attend_piece import (
     _BLOCK,
+    _HALF,
     _LOWEST,
     _ONE,
     _ZERO,
     Piece,
-    _add_product_plainly,
     _exp2_lanes,
     _matrix_at,
     _seen,
     exp2,
 )
-from npllama.kernels.jit import compiled
+from npllama.kernels.jit import compiled, narrowed, widened
 from npllama.kernels.memory import aligned
 from npllama.kernels.portable import dot_tile
-from npllama.kernels.simd import add, broadcast, load, maximum, multiply, store, store_one
+from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, store, store_one
+from npllama.kernels.simd import fused_multiply_add as fma
 from npllama.kernels.simd_chunks import (
     exchanged,
     inner_chunk,
@@ -41,6 +43,7 @@ from npllama.kernels.simd_chunks import (
 )
 from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.simd_sums import no_sums, store_sums, totals_of
+from npllama.kernels.simd_words import bfloat16_of, rounded_pair
 
 _PARTY = 4
 _LANES = 16
@@ -70,6 +73,8 @@ class Party(NamedTuple):
         sums shrank last.
     scores, spare : int
         Room of all parties: for the scores of a block of keys, later their weights; and for sixteen keys.
+    scale : float32
+        What scores are multiplied by, in units of ln 2.
     """
 
     first: int
@@ -79,15 +84,16 @@ class Party(NamedTuple):
     state: int
     scores: int
     spare: int
+    scale: np.float32
 
 
 @compiled()
 def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int) -> Any:
     """Write the context of a piece's queries, and return their peaks and totals, by which parts can be merged.
 
-    Each key and value is read once, where it lies; ``like`` has their dtype. Scores are multiplied by ``scale``. The
-    context goes into context (T, H, Dh) from a row and a head on; peaks and totals have a number for each query, row by
-    row, and perhaps some more. Vector registers are used by name.
+    Each key and value is read once, where it lies; ``like`` has their dtype. Scores are multiplied by ``scale``, which
+    makes their unit ln 2. The context goes into context (T, H, Dh) from a row and a head on; peaks and totals have a
+    number for each query, row by row, and perhaps some more. Vector registers are used by name.
     """
     head_dim, n_queries, size = q.shape[2], piece.rows * piece.group, 1 if piece.group == 1 else _PARTY
     width = (head_dim + _CHUNK - 1) // _CHUNK * _CHUNK
@@ -102,13 +108,13 @@ def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: 
     shared = address + 4 * n_parties * own
     for m in range(n_queries):
         for d in range(head_dim):
-            padded[d] = q[piece.row + m // piece.group, piece.head + m % piece.group, d] * scale
+            padded[d] = widened(narrowed(q[piece.row + m // piece.group, piece.head + m % piece.group, d], like))
         _write_lines(padded, m % size, size, like, address + 4 * own * (m // size))
     for start in range(piece.start, piece.stop, _BLOCK):
         for p in range(n_parties):
             queries = address + 4 * own * p
             sums, state = queries + 4 * size * width, queries + 8 * size * width
-            party = Party(size * p, head_dim, queries, sums, state, shared, shared + 4 * _BLOCK * _PARTY)
+            party = Party(size * p, head_dim, queries, sums, state, shared, shared + 4 * _BLOCK * _PARTY, scale)
             if size == 4:
                 _pass_block(4, 16, piece, like, start, party)
             else:
@@ -166,7 +172,7 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
     _score(size, piece, like, piece.keys + offset, n_keys, ahead, party)
     n_scores = (n_keys * size + _LANES - 1) // _LANES * _LANES
     _hide(np.int64(size), n_scores, piece, start, party)
-    _weigh(np.int64(size), n_scores, party)
+    _weigh(np.int64(size), n_scores, like, party)
     _add_values(size, n_sums, piece, like, piece.values + offset, n_keys, ahead, party)
 
 
@@ -217,22 +223,24 @@ def _hide(size: int, n_scores: int, piece: Piece, start: int, party: Party) -> N
 
 
 @compiled()
-def _weigh(size: int, n_scores: int, party: Party) -> None:
+def _weigh(size: int, n_scores: int, like: Array, party: Party) -> None:
     """Turn a party's scores into weights, and bring its state up to date."""
-    before = load_floats(party.state, 0)
-    peak = before
+    before, highest = load_floats(party.state, 0), broadcast(_LOWEST)
     for at in range(0, 4 * n_scores, _LINE):
-        peak = maximum(load_floats(party.scores, at), peak)
-    peak = maximum(exchanged(peak, 8), peak)
-    peak = maximum(exchanged(peak, 4), peak)
+        highest = maximum(load_floats(party.scores, at), highest)
+    highest = maximum(exchanged(highest, 8), highest)
+    highest = maximum(exchanged(highest, 4), highest)
     if size == 1:
-        peak = maximum(exchanged(peak, 2), peak)
-        peak = maximum(exchanged(peak, 1), peak)
+        highest = maximum(exchanged(highest, 2), highest)
+        highest = maximum(exchanged(highest, 1), highest)
+    peak = maximum(nearest(fma(highest, broadcast(party.scale), broadcast(_HALF))), before)
     minus_peak = multiply(peak, broadcast(-_ONE))
     shrunk = _exp2_lanes(add(before, minus_peak))
     total = multiply(load_floats(party.state, _LINE), shrunk)
     for at in range(0, 4 * n_scores, _LINE):
-        weight = _exp2_lanes(add(load_floats(party.scores, at), minus_peak))
+        weight = _exp2_lanes(fma(load_floats(party.scores, at), broadcast(party.scale), minus_peak))
+        if like.itemsize == 2:
+            weight = bfloat16_of(rounded_pair(weight, weight), 1)
         store(party.scores, at, weight)
         total = add(total, weight)
     store(party.state, 0, peak)
@@ -268,7 +276,8 @@ def attend_few_plainly(
     queries = np.zeros((padded, head_dim), np.float32)
     for m in range(n_queries):
         for d in range(head_dim):
-            queries[m, d] = q[piece.row + m // piece.group, piece.head + m % piece.group, d] * scale
+            number = q[piece.row + m // piece.group, piece.head + m % piece.group, d]
+            queries[m, d] = widened(narrowed(number, like))
     sums = np.zeros((padded, head_dim), np.float32)
     weights = np.zeros((padded, _BLOCK), np.float32)
     peaks = np.full(padded, _LOWEST, np.float32)
@@ -286,11 +295,11 @@ def attend_few_plainly(
                 weights[m, s] = -np.inf
             for s in range(end, _BLOCK):
                 weights[m, s] = -np.inf
-            shrunk = _weigh_row(weights[m], peaks, totals, m)
+            shrunk = _weigh_row(weights[m], scale, like, peaks, totals, m)
             for d in range(head_dim):
                 sums[m, d] *= shrunk
         values = _block(piece.values + start * piece.stride, piece.stride, n_keys, spare)
-        _add_product_plainly(weights, values, padded, n_keys, sums)
+        add_product_plainly(weights, values, padded, n_keys, sums)
     for m in range(n_queries):
         for d in range(head_dim):
             context[row + m // piece.group, head + m % piece.group, d] = sums[m, d] / totals[m]
@@ -310,15 +319,16 @@ def _block(address: int, stride: int, count: int, spare: Array) -> Any:
 
 
 @compiled()
-def _weigh_row(scores: Array, peaks: Array, totals: Array, m: int) -> Any:
+def _weigh_row(scores: Array, scale: np.float32, like: Array, peaks: Array, totals: Array, m: int) -> Any:
     """Turn one query's scores (block,) into weights, update its peak and total, and return what its sums shrink by."""
-    peak = peaks[m]
+    highest = _LOWEST
     for s in range(_BLOCK):
-        peak = max(peak, scores[s])
+        highest = max(highest, scores[s])
+    peak = max(peaks[m], np.rint(highest * scale + _HALF))
     shrunk = exp2(peaks[m] - peak)
     total = _ZERO
     for s in range(_BLOCK):
-        weight = exp2(scores[s] - peak)
+        weight = widened(narrowed(exp2(scores[s] * scale - peak), like))
         scores[s] = weight
         total += weight
     peaks[m], totals[m] = peak, totals[m] * shrunk + total

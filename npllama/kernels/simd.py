@@ -267,14 +267,18 @@ def to_bfloat16(context: Any, low: Any, high: Any) -> Any:
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        low, high = arguments
-        if "avx512bf16" in host_features():
-            rounded = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOAT_VECTOR, high, low)
-            return builder.bitcast(rounded, SHORT_VECTOR)
-        halves = (upper_half(builder, vector) for vector in arguments)
-        return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(WORD, 32), [*range(32)]))
+        return bfloat16_bits(builder, *arguments)
 
     return Vector(types.uint16)(FLOATS, FLOATS), code
+
+
+def bfloat16_bits(builder: Any, low: Any, high: Any) -> Any:
+    """Return 32 float32 as the bits of bfloat16, for `to_bfloat16` and its kin."""
+    if "avx512bf16" in host_features():
+        rounded = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BFLOAT_VECTOR, high, low)
+        return builder.bitcast(rounded, SHORT_VECTOR)
+    halves = (upper_half(builder, vector) for vector in (low, high))
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(WORD, 32), [*range(32)]))
 
 
 @intrinsic

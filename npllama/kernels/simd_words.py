@@ -9,7 +9,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from npllama.kernels.llvm import FLOAT_VECTOR, FLOATS, INT_VECTOR, INTS, intrinsic
+from npllama.kernels.llvm import FLOAT_VECTOR, FLOATS, INT_VECTOR, INTS, WORD, intrinsic
+from npllama.kernels.simd import bfloat16_bits
 
 
 def _all(value: int) -> Any:
@@ -61,5 +62,21 @@ def pair_of(context: Any, low: Any, high: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         low, high = (builder.bitcast(vector, INT_VECTOR) for vector in arguments)
         return builder.or_(builder.lshr(low, _all(16)), high)
+
+    return INTS(FLOATS, FLOATS), code
+
+
+@intrinsic
+def rounded_pair(context: Any, low: Any, high: Any) -> Any:
+    """``rounded_pair(low, high)``: words of two bfloat16, the nearest to float32. VCVTNE2PS2BF16, VPERMW.
+
+    See `npllama.kernels.simd.to_bfloat16`.
+    """
+    places = [lane // 2 + 16 * (lane % 2) for lane in range(32)]
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        halves = bfloat16_bits(builder, *arguments)
+        mixed = builder.shuffle_vector(halves, halves, ir.Constant(ir.VectorType(WORD, 32), places))
+        return builder.bitcast(mixed, INT_VECTOR)
 
     return INTS(FLOATS, FLOATS), code

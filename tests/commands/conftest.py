@@ -69,8 +69,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeModel], None]:
     """Return what makes every command load the given stand-in."""
 
     def use(model: FakeModel) -> None:
-        def load(path: str, *, cache_dtype: str, **options: Any) -> FakeModel:
-            model.cache_dtype = cache_dtype
+        def load(path: str, *, cache_dtype: str | None, **options: Any) -> FakeModel:
+            model.cache_dtype = cache_dtype or "float32"
             return model
 
         monkeypatch.setattr("npllama.commands.engine.load", load)

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import pytest
 
-from npllama.dtypes import Array, widen
+from npllama.dtypes import Array, narrow, widen
 from npllama.kernels import simd, simd_quantised, simd_sums, simd_words
 from npllama.kernels.features import PATHS, host_features
 
@@ -105,6 +105,13 @@ def test_pairs_and_roundings_on_a_processor_without_the_instructions(monkeypatch
     with np.errstate(invalid="ignore"):
         expected = numbers.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(widen(found, "bfloat16"), expected.astype(np.float32))
+
+
+def test_pairs_of_the_nearest_bfloat16() -> None:
+    low, high = RNG.normal(size=(2, 16)).astype(np.float32)
+    body = "s.store(o, 0, w.rounded_pair(q.load_floats(a, 0), q.load_floats(b, 0)))"
+    found = run(body, low, high, out=np.uint16, size=32).reshape(16, 2)
+    np.testing.assert_array_equal(found, np.stack([narrow(low, "bfloat16"), narrow(high, "bfloat16")], axis=1))
 
 
 def test_an_outer_product_of_bytes() -> None:

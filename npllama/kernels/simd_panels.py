@@ -1,0 +1,48 @@
+"""Products with **panels**: two vectors side by side, 32 lanes, that numbers of eight rows meet.
+
+Sums are a tuple of sixteen vectors, the two of each row in turn; see `npllama.kernels.simd_sums`. Places in memory are
+addresses (int64). Nothing is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+
+from npllama.kernels.llvm import FLOAT_VECTOR, FLOATS, INT_VECTOR, WORD, intrinsic, splat
+from npllama.kernels.simd_sums import _add_floats, _changed, _pair_adder, _tuple, apart, load
+
+_LINE, _ROWS = 64, 8
+
+
+@intrinsic(prefer_literal=True)
+def outer_rows(context: Any, sums: Any, kind: Any, lanes: Any, numbers: Any, pitch: Any) -> Any:
+    """``outer_rows(sums, kind, lanes, numbers, pitch)``: add a panel's line times a word of each row to its two sums.
+
+    The rows' words (32 bits) are ``pitch`` bytes apart. The kind is a literal as for `npllama.kernels.simd_sums`'
+    `inner_lines`: 0 for float32, 2 for pairs of bfloat16 on both sides. VFMADD231PS; VDPBF16PS.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, _, lanes, numbers, pitch = arguments
+        add = _pair_adder() if kind.literal_value == 2 else _add_floats
+        line = [load(builder, lanes, _LINE * i, INT_VECTOR) for i in (0, 1)]
+        words = [splat(builder, load(builder, apart(builder, numbers, pitch, row), 0, WORD)) for row in range(_ROWS)]
+        return _changed(context, builder, sums, tile, lambda i, total: add(builder, total, line[i % 2], words[i // 2]))
+
+    return sums(sums, kind, *[types.int64] * 3), code
+
+
+@intrinsic
+def shrunk_rows(context: Any, sums: Any, factors: Any) -> Any:
+    """``shrunk_rows(sums, factors)``: two vectors of eight rows at one address, times the two at the other. VMULPS."""
+    kind = _tuple(FLOATS, 2 * _ROWS)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, factors = arguments
+        line = [load(builder, factors, _LINE * i, FLOAT_VECTOR) for i in (0, 1)]
+        vectors = [builder.fmul(load(builder, place, _LINE * i, FLOAT_VECTOR), line[i % 2]) for i in range(kind.count)]
+        return context.make_tuple(builder, kind, vectors)
+
+    return kind(types.int64, types.int64), code
