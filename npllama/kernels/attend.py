@@ -95,8 +95,10 @@ class Attending:
         readable, like = _readable(caches)
         scale = np.float32(math.log2(math.e) / (math.sqrt(q.shape[2]) if divisor is None else divisor))
         limit = _UNLIMITED if window is None else window
-        table, n_kv_heads, by = _table(counts, readable), readable[0][0].shape[1], ways_of(like.dtype.name, self.path)
-        _attend(q, table, n_kv_heads, scale, limit, like, by.plain, by.pairs, context, by.few, by.many)
+        kind = like.dtype.name, self.path
+        many, few = many_for(*kind), few_for(*kind)  # in this order: another process begins with the few
+        table, n_kv_heads = _table(counts, readable), readable[0][0].shape[1]
+        _attend(q, table, n_kv_heads, scale, limit, like, *_means(*kind), context, few, many)
         return context
 
 
@@ -168,26 +170,31 @@ def _table(counts: Sequence[int], caches: Sequence[tuple[Array, Array]]) -> NDAr
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """How pieces are done: what `_do_few` and `_do_many` take beside the work, and their addresses."""
+def _means(dtype: str, path: str) -> tuple[Array | None, Array | None]:
+    """Return ``plain`` and ``pairs`` as `_do_few` and `_do_many` take them."""
+    pairs = "avx512bf16" in ladder(path) and dtype == _BITS.dtype
+    return _NUMBERS if path == "portable" else None, _NUMBERS if pairs else None
 
-    plain: Array | None
-    pairs: Array | None
-    few: int
-    many: int
+
+def _work(dtype: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return arguments of the types that `_do_few` and `_do_many` take, before and behind the means."""
+    cube, square = np.empty((1, 1, 1), np.float32), np.empty((1, 1), np.float32)
+    table, like = np.empty((1, 8), np.int64), np.empty(0, dtype)
+    return (cube, table, table[0], 1, np.float32(1), 1, like), (cube, square, square, cube)
 
 
 @cache
-def ways_of(dtype: str, path: str) -> Ways:
-    """Return the ways of a path for keys and values of a dtype: "float32", or "uint16" for bfloat16."""
-    plain = _NUMBERS if path == "portable" else None
-    pairs = _NUMBERS if "avx512bf16" in ladder(path) and dtype == _BITS.dtype else None
-    cube, square = np.empty((1, 1, 1), np.float32), np.empty((1, 1), np.float32)
-    table, like = np.empty((1, 8), np.int64), np.empty(0, dtype)
-    work, rooms = (cube, table, table[0], 1, np.float32(1), 1, like), (cube, square, square, cube)
-    few, many = address_of(_do_few, *work, plain, *rooms), address_of(_do_many, *work, plain, pairs, *rooms)
-    return Ways(plain, pairs, few, many)
+def few_for(dtype: str, path: str) -> int:
+    """Return the address of `_do_few` on a path, for keys and values of "float32", or "uint16" for bfloat16."""
+    work, rooms = _work(dtype)
+    return address_of(_do_few, *work, _means(dtype, path)[0], *rooms)
+
+
+@cache
+def many_for(dtype: str, path: str) -> int:
+    """Return the address of `_do_many`; see `few_for`."""
+    work, rooms = _work(dtype)
+    return address_of(_do_many, *work, *_means(dtype, path), *rooms)
 
 
 @compiled(parallel=True)
@@ -204,7 +211,7 @@ def _attend(
     few: int,
     many: int,
 ) -> None:
-    """Fill context (T, H, Dh), the pieces shared between threads; see `Ways`.
+    """Fill context (T, H, Dh), the pieces shared between threads, ``few`` and ``many`` from the like of `few_for`.
 
     Where the keys of a query are split between pieces, each fills a part of its own, and the parts are merged.
     """

@@ -221,10 +221,7 @@ def _score(
     for _ in range(0, height, 8):
         tile = no_sums(16)
         for n in range(depth):
-            if pairs is None:
-                tile = outer_rows(tile, 0, lines + _LINE * n, row + 4 * n, pitch)
-            else:
-                tile = outer_rows(tile, 2, lines + _LINE * n, row + 4 * n, pitch)
+            tile = outer_rows(tile, pairs, lines + _LINE * n, row + 4 * n, pitch)
         store_sums(out, tile)
         row += 8 * pitch
         out += _EIGHT
@@ -272,10 +269,7 @@ def _add_values(
     for d in range(0, head_dim, 8):
         tile = shrunk_rows(out, factors)
         for n in range(depth):
-            if pairs is None:
-                tile = outer_rows(tile, 0, lines + _LINE * n, numbers + 4 * d + step * n, 4)
-            else:
-                tile = outer_rows(tile, 2, lines + _LINE * n, numbers + 4 * d + step * n, 4)
+            tile = outer_rows(tile, pairs, lines + _LINE * n, numbers + 4 * d + step * n, 4)
         store_sums(out, tile)
         out += _EIGHT
 

@@ -16,22 +16,22 @@ from npllama.kernels.simd_sums import _add_floats, _changed, _pair_adder, _tuple
 _LINE, _ROWS = 64, 8
 
 
-@intrinsic(prefer_literal=True)
-def outer_rows(context: Any, sums: Any, kind: Any, lanes: Any, numbers: Any, pitch: Any) -> Any:
-    """``outer_rows(sums, kind, lanes, numbers, pitch)``: add a panel's line times a word of each row to its two sums.
+@intrinsic
+def outer_rows(context: Any, sums: Any, pairs: Any, lanes: Any, numbers: Any, pitch: Any) -> Any:
+    """``outer_rows(sums, pairs, lanes, numbers, pitch)``: add a panel's line times a word of each row to its two sums.
 
-    The rows' words (32 bits) are ``pitch`` bytes apart. The kind is a literal as for `npllama.kernels.simd_sums`'
-    `inner_lines`: 0 for float32, 2 for pairs of bfloat16 on both sides. VFMADD231PS; VDPBF16PS.
+    The rows' words (32 bits) are ``pitch`` bytes apart. They are float32 if ``pairs`` is None, and else, whatever it
+    is, pairs of bfloat16, and so are the lanes. VFMADD231PS; VDPBF16PS.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile, _, lanes, numbers, pitch = arguments
-        add = _pair_adder() if kind.literal_value == 2 else _add_floats
+        add = _add_floats if pairs == types.none else _pair_adder()
         line = [load(builder, lanes, _LINE * i, INT_VECTOR) for i in (0, 1)]
         words = [splat(builder, load(builder, apart(builder, numbers, pitch, row), 0, WORD)) for row in range(_ROWS)]
         return _changed(context, builder, sums, tile, lambda i, total: add(builder, total, line[i % 2], words[i // 2]))
 
-    return sums(sums, kind, *[types.int64] * 3), code
+    return sums(sums, pairs, *[types.int64] * 3), code
 
 
 @intrinsic

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from npllama.dtypes import PACKINGS, Array
 from npllama.kernels import byte_columns, byte_rows, vector_rows
 from npllama.kernels.activation import _KINDS
-from npllama.kernels.attend import _UNLIMITED, rows_of_tile, ways_of
+from npllama.kernels.attend import _UNLIMITED, few_for, rows_of_tile
 from npllama.kernels.by_address import address_of
 from npllama.kernels.byte_rows import Rows
 from npllama.kernels.features import choose, host_features
@@ -152,7 +152,7 @@ class ThroughLayers:
         entering = plan, shared, own, self._layers[0], 1
         has_tiles = "tiles" in self._ways.values()
         # First: of the two processes that compile for a model, the other one begins with the products.
-        attend = ways_of(_STORED[dtype].dtype.name, self._path).few
+        attend = few_for(_STORED[dtype].dtype.name, self._path)
         ways = table_of(self._ways, own.normed, own.inputs, own.block)
         return Works(
             attend,

@@ -31,7 +31,7 @@ def run(body: str, *arrays: Array) -> Array:
 @pytest.mark.parametrize("pitch", [4, 20])
 def test_a_line_meets_a_number_of_each_row(pitch: int) -> None:
     numbers = RNG.normal(size=(8, pitch // 4)).astype(np.float32)
-    found = run(f"u.store_sums(o, p.outer_rows(u.sums_at(a, 16), 0, b, c, {pitch}))", SUMS, LINES, numbers)
+    found = run(f"u.store_sums(o, p.outer_rows(u.sums_at(a, 16), None, b, c, {pitch}))", SUMS, LINES, numbers)
     np.testing.assert_allclose(found, SUMS + numbers[:, :1] * LINES[0], 1e-6, 1e-6)
 
 
@@ -39,7 +39,7 @@ def test_a_line_meets_a_number_of_each_row(pitch: int) -> None:
 def test_a_line_of_pairs_meets_a_pair_of_each_row(pitch: int) -> None:
     bits = RNG.integers(0x3000, 0x4000, (2, 32, 2)).astype(np.uint16)  # bfloat16 below 2
     pairs = RNG.integers(0x3000, 0x4000, (8, pitch // 4, 2)).astype(np.uint16)
-    found = run(f"u.store_sums(o, p.outer_rows(u.sums_at(a, 16), 2, b, c, {pitch}))", SUMS, bits, pairs)
+    found = run(f"u.store_sums(o, p.outer_rows(u.sums_at(a, 16), 1, b, c, {pitch}))", SUMS, bits, pairs)
     line, numbers = widen(bits[0], "bfloat16"), widen(pairs[:, 0], "bfloat16")
     np.testing.assert_allclose(found, SUMS + numbers @ line.T, 1e-5, 1e-5)
 
