@@ -268,15 +268,20 @@ def _deliver(task: Task, begin: int, end: int, sums: Array, n_new: int, first: i
     Nobody reads them before much else has been written: where they are whole cache lines, they go past the caches. To
     other threads they are there after the next `fetch_add`.
     """
+    places, counts = np.empty((end - begin, 2), np.int64), np.empty(end - begin, np.int64)
+    for block in range(begin, end):
+        job, row = job_of(task.jobs, block, SIDE)
+        pitch = 4 * job[ROWS]
+        places[block - begin, 0], places[block - begin, 1] = job[OUTPUT] + first * pitch + 4 * row, pitch
+        counts[block - begin] = min(SIDE, job[ROWS] - row)
     for t in range(min(SIDE * task.panels, n_new)):
-        for block in range(begin, end):
-            job, row = job_of(task.jobs, block, SIDE)
-            at = SIDE * (((block - begin) * task.panels + t // SIDE) * SIDE + t % SIDE)
-            output = job[OUTPUT] + 4 * ((first + t) * job[ROWS] + row)
-            if row + SIDE <= job[ROWS] and output % LINE == 0:
+        for block in range(end - begin):
+            at = SIDE * ((block * task.panels + t // SIDE) * SIDE + t % SIDE)
+            output = places[block, 0] + t * places[block, 1]
+            if counts[block] == SIDE and output % LINE == 0:
                 stream(output, simd.load(sums, at))
-            elif row + SIDE <= job[ROWS]:
+            elif counts[block] == SIDE:
                 simd.store(output, 0, simd.load(sums, at))
             else:
-                for i in range(job[ROWS] - row):
+                for i in range(counts[block]):
                     simd.store_one(output, 4 * i, sums[at + i])
