@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +17,7 @@ import pytest
 from npllama.cache import KVCache
 from npllama.errors import ContextOverflowError, ParameterError
 from tests.fixtures.loud import loud_config
+from tools.environment import ROOT
 
 CONFIG = loud_config(max_seq_len=32)
 
@@ -45,14 +49,34 @@ def test_memory_is_taken_at_the_first_append_in_its_dtype() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what memory is taken")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_room_for_a_long_text_takes_memory_only_for_what_is_there(dtype: str) -> None:
-    config = loud_config(max_seq_len=1 << 17)
+    config = loud_config(max_seq_len=1 << 19)
     before = resident_bytes()
-    cache = KVCache(config, 1 << 17, dtype)
+    cache = KVCache(config, 1 << 19, dtype)
     for layer in range(config.n_layers):
         cache.append(layer, rows(1, 1), rows(1, 1))
     rows_written = 2 * config.n_layers * config.n_kv_heads
-    assert cache.nbytes > 30 << 20
+    assert cache.nbytes > 64 << 20
     assert resident_bytes() - before < (4 << 20) + rows_written * mmap.PAGESIZE
+
+
+FORKED = """
+import os
+import numpy as np
+from npllama.pages import untouched_zeros
+zeros = untouched_zeros((1000,), np.dtype(np.float32))
+child = os.fork()
+if child == 0:
+    zeros[:] = 1
+    os._exit(0)
+os.waitpid(child, 0)
+print(zeros.sum())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork processes")
+def test_a_process_that_is_forked_off_writes_to_memory_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "0.0\n", done.stderr
 
 
 def test_a_system_without_huge_pages_has_room_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
