@@ -106,7 +106,9 @@ def check(
     report = _with_lost_taps(report, FUSED[backend])
     if dtype != "float32":
         how = "in float32" if activations == "float32" else f"with products of {activations}"
-        alone = "; each of its operations alone, on torch's inputs, that of float32" if dtype == "int8" else ""
+        alone = ""
+        if dtype == "int8":
+            alone = "; each of its operations alone, on torch's inputs, that of float32; it cached in float32"
         notes = (*report.notes, f"the engine computed {how} and was allowed the noise of {dtype}{alone}")
         report = replace(report, notes=notes)
     if report.verdict != "differs":

@@ -80,18 +80,9 @@ def attend_many(
     scores = aligned(_BLOCK * _LANES, q).reshape(_BLOCK, _LANES)
     keys, values = np.zeros((_BLOCK, width // per_word), np.float32), np.zeros((_BLOCK // per_word, width), np.float32)
     for start in range(piece.start, piece.stop, _BLOCK):
-        n_keys, offset = min(_BLOCK, piece.stop - start), start * piece.stride
-        key_rows, pitch = piece.keys + offset, piece.stride
-        if n_keys < _BLOCK or head_dim % 2 == 1 or plain is not None or like.itemsize * per_word < 4:
-            key_rows, pitch = np.int64(keys.ctypes.data), 4 * keys.shape[1]
-            if pairs is None:
-                _widen(piece.keys + offset, piece.stride, like, n_keys, head_dim, keys)
-            else:
-                _copy(piece.keys + offset, piece.stride, like, n_keys, head_dim, keys)
-        if pairs is None:
-            _widen(piece.values + offset, piece.stride, like, n_keys, head_dim, values)
-        else:
-            _pair_up(piece.values + offset, piece.stride, like, n_keys, head_dim, values)
+        n_keys = min(_BLOCK, piece.stop - start)
+        key_rows, pitch = _keys_at(piece, start, n_keys, head_dim, like, plain, pairs, keys)
+        _copy_values(piece, start, n_keys, head_dim, like, pairs, values)
         for panel in range(n_panels):
             first = piece.position + panel * _LANES // piece.group
             last = piece.position + min(panel * _LANES + _LANES - 1, n_queries - 1) // piece.group
@@ -110,12 +101,7 @@ def attend_many(
             else:
                 _weigh_plainly(scores, height, scale, like, state[panel])
                 _add_values_plainly(values, scores, height, state[panel], sums[panel])
-    contexts = _stood_up(sums)
-    for m in range(n_queries):
-        panel, lane = m // _LANES, m % _LANES
-        part = _ONE / state[panel, _TOTALS, lane]
-        for d in range(head_dim):
-            context[row + m // piece.group, head + m % piece.group, d] = contexts[panel, lane, d] * part
+    _deliver(_stood_up(sums), state, piece, head_dim, context, row, head)
     highest, totals = np.empty(n_queries, np.float32), np.empty(n_queries, np.float32)
     for m in range(n_queries):
         highest[m], totals[m] = state[m // _LANES, _PEAKS, m % _LANES], state[m // _LANES, _TOTALS, m % _LANES]
@@ -163,6 +149,45 @@ def _lie_down(q: Array, piece: Piece, like: Array, pairs: Array | None, lying: A
 
 
 @compiled()
+def _keys_at(
+    piece: Piece,
+    start: int,
+    n_keys: int,
+    head_dim: int,
+    like: Array,
+    plain: Array | None,
+    pairs: Array | None,
+    block: Array,
+) -> Any:
+    """Return where the keys of a block are as words, and the bytes from one to the next.
+
+    That is where they lie, unless they have to be widened, have half a word at their end, or there may be no memory
+    behind them: then they are copied to ``block``.
+    """
+    address = piece.keys + start * piece.stride
+    is_narrow = like.itemsize == 2
+    if n_keys == _BLOCK and plain is None and (head_dim % 2 == 0 if pairs is not None else not is_narrow):
+        return address, piece.stride
+    if pairs is None:
+        _widen(address, piece.stride, like, n_keys, head_dim, block)
+    else:
+        _copy(address, piece.stride, like, n_keys, head_dim, block)
+    return np.int64(block.ctypes.data), 4 * block.shape[1]
+
+
+@compiled()
+def _copy_values(
+    piece: Piece, start: int, n_keys: int, head_dim: int, like: Array, pairs: Array | None, block: Array
+) -> None:
+    """Write the values of a block as words of one position, or of two where there are pairs."""
+    address = piece.values + start * piece.stride
+    if pairs is None:
+        _widen(address, piece.stride, like, n_keys, head_dim, block)
+    else:
+        _pair_up(address, piece.stride, like, n_keys, head_dim, block)
+
+
+@compiled()
 def _widen(address: int, stride: int, like: Array, count: int, width: int, block: Array) -> None:
     """Copy the first ``width`` numbers of ``count`` positions into a block of float32."""
     stored = _matrix_at(address, like, count, stride // like.itemsize)
@@ -192,6 +217,16 @@ def _pair_up(address: int, stride: int, like: Array, count: int, width: int, blo
     if count % 2 == 1:
         for d in range(width):
             words[count // 2, d] = np.uint32(stored[count - 1, d])
+
+
+@compiled()
+def _deliver(contexts: Array, state: Array, piece: Piece, head_dim: int, context: Array, row: int, head: int) -> None:
+    """Write the sums of panels (n, lanes, N), divided by their totals, to context (T, H, Dh) from a row and head on."""
+    for m in range(piece.rows * piece.group):
+        panel, lane = m // _LANES, m % _LANES
+        part = _ONE / state[panel, _TOTALS, lane]
+        for d in range(head_dim):
+            context[row + m // piece.group, head + m % piece.group, d] = contexts[panel, lane, d] * part
 
 
 @compiled()
