@@ -54,6 +54,7 @@ def serve(load: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[dict[
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    sys.stdout = sys.stderr  # unlike stdout it keeps no line back, which whoever is killed would lose
     greeting, answer = load(json.loads(sys.argv[1]))
     print(json.dumps(greeting), file=answers, flush=True)
     for line in sys.stdin:
