@@ -170,6 +170,7 @@ def _table(counts: Sequence[int], caches: Sequence[tuple[Array, Array]]) -> NDAr
     return table
 
 
+@cache
 def _means(dtype: str, path: str) -> tuple[Array | None, Array | None]:
     """Return ``plain`` and ``pairs`` as `_do_few` and `_do_many` take them."""
     pairs = "avx512bf16" in ladder(path) and dtype == _BITS.dtype
