@@ -15,7 +15,7 @@ _SMALL = 1 << 26
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return zeros that take memory where something is written: a small page at a time, beyond 64 MB of them.
+    """Return zeros that take memory as they are written: more than 64 MB of them a small page at a time.
 
     Parameters
     ----------

@@ -72,8 +72,8 @@ class Attending:
         """Let each new position gather values from the positions up to its own. See `npllama.ops.attention`.
 
         Memory does not grow with S, and the taps ``scores`` and ``probs`` are never there to show. Keys and values may
-        be bfloat16 (that of ml_dtypes), as a cache can hold them. The numbers do not depend on how many threads there
-        are.
+        be bfloat16 (that of ml_dtypes), as a cache can hold them; what they are multiplied with is rounded to it then.
+        The numbers do not depend on how many threads there are.
         """
         return self.attentions(q, (len(q),), ((keys, values),), divisor=divisor, window=window)
 
@@ -251,7 +251,7 @@ def _do_few(
     """Do the piece of one line of the table of pieces, of up to 16 rows: fill its part, or its share of the context.
 
     Where ``plain`` is an array, whichever, that is done in plain loops. Where it is None, vector registers are used by
-    name. What is not used is not compiled.
+    name, and no plain loops are compiled.
     """
     piece = _piece_of(table, line, group, window)
     out, row, head = _where_to(line, piece, parts, peaks, context)

@@ -58,7 +58,7 @@ def attend_many(
     """Do a piece in panels of lanes; see `npllama.kernels.attend_few.attend_few`.
 
     Where ``plain`` is an array, whichever, the compiler makes what it can of plain loops. Where it is None, vector
-    registers are used by name, and where ``pairs`` is an array those of pairs. What is not used is not compiled.
+    registers are used by name, and no plain loops are compiled; where ``pairs`` is an array, they hold pairs.
     """
     head_dim = q.shape[2]
     width = (head_dim + 31) // 32 * 32
@@ -128,7 +128,7 @@ def _stood_up(lying: Array) -> Array:
 def _lie_down(q: Array, piece: Piece, like: Array, pairs: Array | None, lying: Array) -> None:
     """Write a piece's queries into the rows of panels (n, lanes, N), as words of two bfloat16 if there are pairs."""
     _, n_heads, head_dim = q.shape
-    width, spare = lying.shape[2], np.zeros(32, np.float32)
+    width, spare, numbers = lying.shape[2], np.zeros(32, np.float32), q.ravel()
     for m in range(piece.rows * piece.group):
         at = ((piece.row + m // piece.group) * n_heads + piece.head + m % piece.group) * head_dim
         for d in range(0, head_dim, 32):
@@ -136,7 +136,7 @@ def _lie_down(q: Array, piece: Piece, like: Array, pairs: Array | None, lying: A
                 low, high = load(q, at + d), load(q, at + d + 16)
             else:
                 for i in range(head_dim - d):
-                    spare[i] = q.ravel()[at + d + i]
+                    spare[i] = numbers[at + d + i]
                 low, high = load(spare, 0), load(spare, 16)
             if pairs is None:
                 if like.itemsize == 2:
@@ -278,14 +278,14 @@ def _weigh(scores: Array, height: int, scale: np.float32, like: Array, pairs: Ar
         for s in range(0, height, 2):
             low = _exp2_lanes(fma(load_floats(place, _LINE * s + lane), broadcast(scale), minus_peak))
             high = _exp2_lanes(fma(load_floats(place, _LINE * (s + 1) + lane), broadcast(scale), minus_peak))
+            words = rounded_pair(low, high)
             if like.itemsize == 2:
-                words = rounded_pair(low, high)
                 low, high = bfloat16_of(words, 0), bfloat16_of(words, 1)
             if pairs is None:
                 store(place, _LINE * s + lane, low)
                 store(place, _LINE * (s + 1) + lane, high)
             else:
-                store(place, _LINE * (s // 2) + lane, rounded_pair(low, high))
+                store(place, _LINE * (s // 2) + lane, words)
             total = add(total, add(low, high))
         store(at, lane + _LINE * _PEAKS, peak)
         store(at, lane + _LINE * _TOTALS, total)

@@ -3,8 +3,8 @@
 Keys are taken in blocks, so that nothing as large as queries times keys is ever stored, and the softmax is done along
 the way: a **peak** stands beside each sum, and what was summed before is scaled down whenever a larger one comes (Dao
 et al., FlashAttention, https://arxiv.org/abs/2205.14135). With scores in units of ln 2, a weight is
-``2**(score - peak)``. A peak is a whole number, the largest score so far or less than 1 1/2 above it: to scale down is
-then to change exponents, which rounds nothing, and a weight has the same digits whatever the peak.
+``2**(score - peak)``. A peak is a whole number, up to 1 above the largest score so far: to scale down is then to change
+exponents, which rounds nothing, and a weight has the same digits whatever the peak.
 
 There are two ways through a piece. A few queries, as in decoding, are dot products with keys that stream by from
 memory (`npllama.kernels.attend_few`). Many stand side by side in panels of lanes (`npllama.kernels.attend_many`).

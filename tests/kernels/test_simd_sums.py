@@ -105,6 +105,9 @@ def test_pairs_and_roundings_on_a_processor_without_the_instructions(monkeypatch
     with np.errstate(invalid="ignore"):
         expected = numbers.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(widen(found, "bfloat16"), expected.astype(np.float32))
+    body = "s.store(o, 0, w.rounded_pair(q.load_floats(a, 0), q.load_floats(a, 64)))"
+    found = run(body, numbers, out=np.uint16, size=32).reshape(16, 2).T.reshape(-1)
+    np.testing.assert_array_equal(widen(found, "bfloat16"), expected.astype(np.float32))
 
 
 def test_pairs_of_the_nearest_bfloat16() -> None:
