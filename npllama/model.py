@@ -29,12 +29,14 @@ class Ops(Protocol):
     layer_norm: Callable[..., Array]
     linear: Callable[..., Array]
     linears: Callable[..., tuple[Array, ...]]
+    gated_linears: Callable[..., Array | None]
     rope_tables: Callable[..., tuple[Array, Array]]
     apply_rope: Callable[..., Array]
     attention: Callable[..., Array]
     attentions: Callable[..., Array]
     activate: Callable[..., Array]
     glu: Callable[..., Array]
+    add: Callable[..., Array]
     softmax: Callable[..., Array]
     sigmoid: Callable[..., Array]
     route: Callable[..., Array]
@@ -84,17 +86,25 @@ def attend(
     return tap("attention_out", ops.linear(context.reshape(n_new, -1), w.wo, w.wo_bias))  # (T, D)
 
 
+def gated(h: Array, w: LayerWeights, config: ModelConfig, ops: Ops, tap: Tap) -> Array:
+    """Compute what each position's gates let through: h (T, D) -> (T, F)."""
+    biases = w.w1_bias, w.w3_bias
+    if tap is untapped:  # gate and up, the largest arrays of a pass, need not exist
+        act = ops.gated_linears(h, w.w1, w.w3, biases, config.activation)  # (T, F)
+        if act is not None:
+            return act
+    gate, up = ops.linears(h, (w.w1, w.w3), biases)
+    return ops.glu(tap("gate", gate), tap("up", up), config.activation)  # (T, F)
+
+
 def feed_forward(h: Array, w: LayerWeights, config: ModelConfig, ops: Ops, tap: Tap) -> Array:
     """Let each position think for itself: h (T, D) -> (T, D)."""
     if w.w1 is None:
         up = tap("up", ops.linear(h, w.w3, w.w3_bias))  # (T, F)
-        act = tap("ffn_act", ops.activate(up, config.activation))  # (T, F)
+        act = ops.activate(up, config.activation)  # (T, F)
     else:
-        gate, up = ops.linears(h, (w.w1, w.w3), (w.w1_bias, w.w3_bias))
-        gate, up = tap("gate", gate), tap("up", up)  # (T, F)
-        act = tap("ffn_act", ops.glu(gate, up, config.activation))  # (T, F)
-        del gate, up  # the largest arrays of a pass: the product below takes room of its own
-    return tap("ffn_out", ops.linear(act, w.w2, w.w2_bias))  # (T, D)
+        act = gated(h, w, config, ops, tap)  # (T, F)
+    return tap("ffn_out", ops.linear(tap("ffn_act", act), w.w2, w.w2_bias))  # (T, D)
 
 
 def mixture(h: Array, w: LayerWeights, experts: Experts, config: ModelConfig, ops: Ops, tap: Tap) -> Array:
@@ -143,7 +153,7 @@ def block(
     out = attend(h, w, i, rope, cache, config, ops, tap)  # (T, D)
     if config.norm_order == "output":
         out = attention_norm("attention_out_norm", out)
-    x = tap("resid_mid", x + out)  # (T, D)
+    x = tap("resid_mid", ops.add(x, out))  # (T, D)
     if config.norm_order == "post":
         x = attention_norm("resid_mid_norm", x)
 
@@ -154,7 +164,7 @@ def block(
         out = feed_forward(h, w, config, ops, tap)  # (T, D)
     if config.norm_order == "output":
         out = ffn_norm("ffn_out_norm", out)
-    x = tap("resid_post", x + out)  # (T, D)
+    x = tap("resid_post", ops.add(x, out))  # (T, D)
     return ffn_norm("resid_post_norm", x) if config.norm_order == "post" else x
 
 

@@ -369,6 +369,11 @@ def glu(gate: Array, up: Array, activation: str) -> Array:
     return activate(gate, activation) * up
 
 
+def add(x: Array, y: Array) -> Array:
+    """Add what a step computed to the residual stream: x, y (T, D) -> (T, D)."""
+    return x + y
+
+
 def route(probs: Array, n_active: int, renormalise: bool) -> Array:
     """Keep the most probable experts of each token.
 
@@ -431,6 +436,10 @@ def expert_linear(x: Array, chosen: NDArray[np.int64], stack: Tensor, n_experts:
         mine = chosen == expert  # (T, A)
         y[mine] = linear(x[mine], stack.rows(expert * m, (expert + 1) * m))
     return y
+
+
+def gated_linears(x: Array, gate: Tensor, up: Tensor, biases: Sequence[Tensor | None], activation: str) -> None:
+    """Do `linears` and `glu` as one operation: not here, the textbook does one after the other."""
 
 
 def through_layers(weights: object, config: object) -> None:

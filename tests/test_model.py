@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import npllama
 from npllama import ops
 from npllama.cache import KVCache
 from npllama.config import ModelConfig, RopeScaling
 from npllama.errors import ContextOverflowError, ParameterError
+from npllama.kernels.paths import twins
+from npllama.rounding import ACTIVATIONS
 from tests.fixtures.engine import loud_model
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
 
@@ -118,6 +121,18 @@ def test_what_the_activation_was_computed_from_is_gone_when_it_is_multiplied() -
     model._ops = SimpleNamespace(**{**vars(ops), "linears": linears, "linear": linear})
     model.forward(loud_tokens(config))
     assert alive == [False, False]  # gate and up, the largest arrays of a pass
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_tokens_have_the_bits_that_they_have_when_they_are_watched(dtype: str, activations: str) -> None:
+    config = loud_config(hidden_dim=200)
+    model, tokens = loud_model(config, backend="fast", dtype=dtype), loud_tokens(config, 40)
+    model._ops = SimpleNamespace(**{**vars(ops), **twins(None, activations)})
+    with npllama.record(model) as seen:
+        watched = model.forward(tokens)
+    assert {"layers.0.gate", "layers.0.up"} <= set(seen)
+    np.testing.assert_array_equal(watched, model.forward(tokens))
 
 
 def test_the_future_does_not_reach_back() -> None:

@@ -4,10 +4,10 @@ An operation that is not here runs as it stands in the textbook. The names in th
 processor at hand; `npllama.kernels.paths` gives those of a chosen path.
 """
 
-from npllama.kernels.activation import activate, glu
+from npllama.kernels.activation import activate, add, glu
 from npllama.kernels.attend import UNMATERIALISED, attention, attentions, softmax
 from npllama.kernels.experts import expert_linear
-from npllama.kernels.matmul import linear, linears
+from npllama.kernels.matmul import gated_linears, linear, linears
 from npllama.kernels.norm import layer_norm, rms_norm
 from npllama.kernels.rope import apply_rope
 from npllama.kernels.through_layers import through_layers
@@ -15,10 +15,12 @@ from npllama.kernels.through_layers import through_layers
 __all__ = [
     "UNMATERIALISED",
     "activate",
+    "add",
     "apply_rope",
     "attention",
     "attentions",
     "expert_linear",
+    "gated_linears",
     "glu",
     "layer_norm",
     "linear",

@@ -106,20 +106,47 @@ def turned(builder: Any, rows: Sequence[Any]) -> list[Any]:
     """Return the four columns of sixteen rows of four words (32 bits).
 
     Rows 0, 4, 8 and 12 become one vector, rows 1, 5, 9 and 13 the next, and so on. The segments of four such vectors
-    are squares of four words, which are turned in two rounds. VINSERTI32X4, VPUNPCKLDQ, VPUNPCKHQDQ and their kin.
+    are squares of four words, which are turned. VINSERTI32X4, VPUNPCKLDQ, VPUNPCKHQDQ and their kin.
     """
-
-    def mixed(a: Any, b: Any, places: list[int]) -> Any:
-        """Take the same words of each segment of two vectors: 0 to 3 are the first one's, 4 to 7 the second one's."""
-        lanes = [4 * segment + place % 4 + 16 * (place // 4) for segment in range(4) for place in places]
-        return builder.shuffle_vector(a, b, ir.Constant(INT_VECTOR, lanes))
 
     def joined(parts: Sequence[Any], size: int) -> Any:
         lanes = ir.Constant(ir.VectorType(WORD, 2 * size), [*range(2 * size)])
         halves = [builder.shuffle_vector(*pair, lanes) for pair in zip(parts[::2], parts[1::2], strict=True)]
         return halves[0] if len(halves) == 1 else joined(halves, 2 * size)
 
-    a, b, c, d = (joined(rows[first::4], 4) for first in range(4))
+    return _words_turned(builder, [joined(rows[first::4], 4) for first in range(4)])
+
+
+def turned_whole(builder: Any, rows: Sequence[Any]) -> list[Any]:
+    """Return the sixteen columns of sixteen rows of sixteen words, which are vectors.
+
+    Sixteen squares of four by four words: each is turned by itself, then a square takes the place of the one across.
+    VPUNPCKLDQ, VPUNPCKHQDQ, VSHUFI32X4 and their kin.
+    """
+
+    def segments(a: Any, b: Any, places: range) -> Any:
+        lanes = [4 * place + word for place in places for word in range(4)]
+        return builder.shuffle_vector(a, b, ir.Constant(INT_VECTOR, lanes))
+
+    squares = [_words_turned(builder, rows[first : first + 4]) for first in range(0, 16, 4)]
+    columns: list[list[Any]] = [[], [], [], []]  # those that are in the first segments, in the second ones, ...
+    for a, b, c, d in zip(*squares, strict=True):
+        for first in (0, 1):  # the even segments of all four, then the odd ones
+            pair = segments(a, b, range(first, 8, 2)), segments(c, d, range(first, 8, 2))
+            columns[first].append(segments(*pair, range(0, 8, 2)))
+            columns[first + 2].append(segments(*pair, range(1, 8, 2)))
+    return [column for part in columns for column in part]
+
+
+def _words_turned(builder: Any, rows: Sequence[Any]) -> list[Any]:
+    """Return four vectors, each segment of which (four words) has the same word of the four rows' segments there."""
+
+    def mixed(a: Any, b: Any, places: list[int]) -> Any:
+        """Take the same words of each segment of two vectors: 0 to 3 are the first one's, 4 to 7 the second one's."""
+        lanes = [4 * segment + place % 4 + 16 * (place // 4) for segment in range(4) for place in places]
+        return builder.shuffle_vector(a, b, ir.Constant(INT_VECTOR, lanes))
+
+    a, b, c, d = rows
     columns = []
     for half in ([0, 4, 1, 5], [2, 6, 3, 7]):
         pairs = mixed(a, b, half), mixed(c, d, half)

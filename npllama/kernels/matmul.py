@@ -1,4 +1,4 @@
-"""Twins of `npllama.ops.linear` and `linears`: which kernel multiplies what is a table."""
+"""Twins of `npllama.ops.linear`, `linears` and `gated_linears`: which kernel multiplies what is a table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import TypeAlias
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import amx, portable, quantised, vectors
+from npllama.kernels.activation import KINDS
 from npllama.kernels.features import choose, host_features, ladder
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import ROUNDINGS
 
 #: ``product(x, weights, outputs)``: fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, all of one storage type.
 Product: TypeAlias = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
+#: ``gated(x, gate, up, output, activation)``: the same, of two weights (M, N) of one storage type and more than
+#: `vectors.FEW` tokens, with ``activation(x · gateᵀ) * (x · upᵀ)``; the activation by its number.
+Gated: TypeAlias = Callable[[Array, Tensor, Tensor, Array, int], None]
 
 _QUANTISED: dict[str, Product] = {
     "amx": amx.multiply_quantised,
@@ -38,6 +42,12 @@ ROUNDED: dict[str, dict[str, dict[str, Product]]] = {
     "int8": {
         "avx512": dict.fromkeys(("int8", "int4"), vectors.multiply_bytes),
     },
+}
+#: Product -> what does the same with two matrices, one of whose products gates the other's.
+GATED: dict[Product, Gated] = {
+    vectors.multiply: vectors.multiply_gated,
+    vectors.multiply_rounded: vectors.multiply_gated_rounded,
+    vectors.multiply_bytes: vectors.multiply_gated_bytes,
 }
 
 
@@ -74,6 +84,37 @@ class Products:
             if bias is not None:
                 y += bias.numbers()
         return outputs
+
+    def gated_linears(
+        self, x: Array, gate: Tensor, up: Tensor, biases: Sequence[Tensor | None], activation: str
+    ) -> Array | None:
+        """Gate one product by another of the same rows, before either is written.
+
+        Parameters
+        ----------
+        x : ndarray of shape (T, D)
+        gate, up : Tensor of shape (F, D)
+        biases : pair of Tensor of shape (F,) or None
+        activation : str
+            One of `npllama.ops.ACTIVATIONS`.
+
+        Returns
+        -------
+        ndarray of shape (T, F) or None
+            What `linears` and `glu` give one after the other, to the bit. None where it is no single operation: it is
+            for many tokens in vector registers, without biases.
+        """
+        product = GATED.get(self.by_dtype[gate.dtype])
+        if (
+            product is None
+            or len(x) <= vectors.FEW
+            or gate.dtype != up.dtype
+            or any(bias is not None for bias in biases)
+        ):
+            return None
+        act = aligned(len(x) * gate.shape[0], x).reshape(len(x), gate.shape[0])
+        product(x, gate, up, act, KINDS[activation])
+        return act
 
 
 @cache
@@ -116,3 +157,8 @@ def linear(x: Array, weight: Tensor, bias: Tensor | None = None) -> Array:
 def linears(x: Array, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> tuple[Array, ...]:
     """Multiply the same rows by several weight matrices. See `npllama.ops.linears`."""
     return products().linears(x, weights, biases)
+
+
+def gated_linears(x: Array, gate: Tensor, up: Tensor, biases: Sequence[Tensor | None], activation: str) -> Array | None:
+    """Gate one product by another of the same rows. See `Products.gated_linears`."""
+    return products().gated_linears(x, gate, up, biases, activation)

@@ -33,6 +33,7 @@ def twins(path: str | None = None, activations: str = "float32") -> dict[str, Ca
     return found | {
         "linear": product.linear,
         "linears": product.linears,
+        "gated_linears": product.gated_linears,
         "expert_linear": partial(expert_linear_by, product.linear),
         "attention": attend.attention,
         "attentions": attend.attentions,

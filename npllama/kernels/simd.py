@@ -46,7 +46,7 @@ from npllama.kernels.llvm import (
     lanes_added,
     loaded,
     splat,
-    turned,
+    turned_whole,
     upper_half,
 )
 
@@ -281,16 +281,6 @@ def bfloat16_bits(builder: Any, low: Any, high: Any) -> Any:
     return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(WORD, 32), [*range(32)]))
 
 
-@intrinsic
-def flip_signs(context: Any, vector: Any) -> Any:
-    """``flip_signs(vector)``: the top bit of 64 bytes turned over, which makes int8 uint8, 128 larger. VPXORD."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.xor(arguments[0], ir.Constant(BYTE_VECTOR, [128] * 64))
-
-    return Vector(types.uint8)(vector), code
-
-
 @intrinsic(prefer_literal=True)
 def shift_left(context: Any, vector: Any, count: Any) -> Any:
     """``shift_left(vector, count)``: int32 lanes by a literal count. VPSLLD."""
@@ -321,33 +311,37 @@ def add_lanes(context: Any, vector: Any) -> Any:
     return types.float32(FLOATS), code
 
 
-@intrinsic
-def transpose(context: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, step: Any) -> Any:
-    """``transpose(source, at, stride, target, to, step)``: turn 16 rows of 16 words (32 bits) into columns.
+def _transpose(flip: int) -> Any:
+    """Return an intrinsic that turns a square of words, of each of which some bits are turned over."""
 
-    The rows of the source begin at an element and are ``stride`` bytes apart, those of the target ``step`` bytes. They
-    are written in order, 64 bytes each; see `npllama.kernels.llvm.turned`.
-    """
+    def typed(context: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, step: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, at, stride, target, to, step = arguments
+            start = address(context, builder, signature.args[0], source, at)
+            end = address(context, builder, signature.args[3], target, to)
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, at, stride, target, to, step = arguments
-        start = address(context, builder, signature.args[0], source, at)
-        end = address(context, builder, signature.args[3], target, to)
-        quarter = ir.VectorType(WORD, 4)
+            def place(first: Any, distance: Any, row: int) -> Any:
+                offset = builder.mul(distance, ir.Constant(LONG, row))
+                return builder.bitcast(builder.gep(first, [offset]), INT_VECTOR.as_pointer())
 
-        def place(first: Any, distance: Any, row: int, byte: int, kind: Any) -> Any:
-            offset = builder.add(builder.mul(distance, ir.Constant(LONG, row)), ir.Constant(LONG, byte))
-            return builder.bitcast(builder.gep(first, [offset]), kind.as_pointer())
+            rows = [builder.load(place(start, stride, row), align=1) for row in range(16)]
+            if flip != 0:
+                rows = [builder.xor(row, ir.Constant(INT_VECTOR, [flip] * 16)) for row in rows]
+            for row, column in enumerate(turned_whole(builder, rows)):
+                builder.store(column, place(end, step, row), align=1)
+            return context.get_dummy_value()
 
-        columns = []
-        for byte in range(0, 64, 16):
-            rows = [builder.load(place(start, stride, row, byte, quarter), align=1) for row in range(16)]
-            columns += turned(builder, rows)
-        for row, column in enumerate(columns):
-            builder.store(column, place(end, step, row, 0, INT_VECTOR), align=1)
-        return context.get_dummy_value()
+        return types.void(source, types.int64, types.int64, target, types.int64, types.int64), code
 
-    return types.void(source, types.int64, types.int64, target, types.int64, types.int64), code
+    return intrinsic(typed)
+
+
+#: ``transpose(source, at, stride, target, to, step)``: turn 16 rows of 16 words (32 bits) into columns. The rows of the
+#: source begin at an element and are ``stride`` bytes apart, those of the target ``step`` bytes. They are written in
+#: order, 64 bytes each, after all were read; see `npllama.kernels.llvm.turned_whole`.
+transpose = _transpose(0)
+#: ``transpose_flipped``: the same with the top bit of each byte turned over, which makes int8 uint8, 128 larger.
+transpose_flipped = _transpose(-0x7F7F7F80)
 
 
 @intrinsic

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from npllama.dtypes import PACKINGS, Array
 from npllama.kernels import byte_columns, byte_rows, vector_rows
-from npllama.kernels.activation import _KINDS
+from npllama.kernels.activation import KINDS
 from npllama.kernels.attend import _UNLIMITED, few_for, rows_of_tile
 from npllama.kernels.by_address import address_of
 from npllama.kernels.byte_rows import Rows
@@ -174,7 +174,7 @@ class ThroughLayers:
             config.hidden_dim,
             config.n_layers,
             numba.get_num_threads(),
-            _KINDS[config.activation],
+            KINDS[config.activation],
             config.qk_norm == "head",
             self._rounds,
             self._kind,

@@ -14,7 +14,10 @@ added to those of the groups before. int4, stored from 0 to 15, is taken around 
 A **panel** is 16 tokens, a **block** 16 rows, a **chunk** some groups that make 16 squares. The squares of a block and
 chunk take 16 kB of the first-level cache, while those of every panel in turn pass by. A **field** is some blocks,
 multiplied by all panels chunk by chunk; its squares and sums stay in the second-level cache. Threads take fields in
-turn.
+turn. While a chunk is multiplied, the next one, be it the next field's first, is fetched from memory and laid out.
+
+Of two matrices of one shape, one product may be gated by the other before anything is written: blocks of both take
+turns in a field then.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens: that of a chunk (of a
 group of integers), added to that of those before.
@@ -24,17 +27,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import prange
 
-from npllama.dtypes import GROUP, Array, Tensor, n_groups
+from npllama.dtypes import Array, Tensor, n_groups
 from npllama.kernels import simd
+from npllama.kernels.activation import _glu
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, FORMS, OUTPUT, ROWS, count_blocks, job_of, jobs_of
+from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import fetch_add
 from npllama.kernels.simd_quantised import load_floats
@@ -70,18 +74,36 @@ from npllama.kernels.vector_squares import (
     input_bytes,
     lay_out,
     pack_panel,
+    place_of,
+    row_bytes,
     squares,
     stored_bytes,
     weight_bytes,
 )
 
 _HALF = 8  # tokens of half a panel
+_SUMS = SIDE * SIDE  # of a block and a panel
 #: Blocks of a field, and tokens of a pass, at most: the sums take 256 kB.
 _FIELD, _TOKENS = 8, 512
 _BYTE, _FLOAT = np.empty(0, np.uint8), np.empty(0, np.float32)  # only their dtypes matter
 
 
-def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind: int) -> None:
+class Chunk(NamedTuple):
+    """Some groups, from ``start`` to ``stop``, of a field's blocks, from ``begin`` to ``end``: of none behind the last.
+
+    ``field`` is the field's number.
+    """
+
+    field: int
+    begin: int
+    end: int
+    start: int
+    stop: int
+
+
+def multiply(
+    x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind: int, activation: int | None = None
+) -> None:
     """Fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, all matrices in one parallel loop.
 
     Parameters
@@ -92,15 +114,20 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind
     outputs : sequence of ndarray of shape (T, M), float32
     kind : int
         FLOATS rounds nothing but sums, PAIRS the input to bfloat16, and BYTES to int8; see `npllama.rounding`.
+    activation : int, optional
+        There are two weights of one shape, whose products are ``gate`` and ``up``, and one output, which becomes
+        ``activation(gate) * up``. Its number in `npllama.kernels.activation`.
     """
     x = np.ascontiguousarray(x)
     n_new, width = x.shape
     passes = -(-n_new // _TOKENS)
     panels = -(-n_new // (passes * SIDE))
+    together, outputs = (1, outputs) if activation is None else (2, (*outputs, *outputs))
     jobs, threads = jobs_of(weights, outputs, SIDE), numba.get_num_threads()
     blocks = int(count_blocks(jobs, SIDE))
-    fields = min(blocks, -(-blocks // (_FIELD * threads)) * threads)
-    task = Task(jobs, blocks, fields, FORMS[weights[0].dtype], kind, width, n_groups(width), panels)
+    fields = min(blocks // together, -(-blocks // (_FIELD * threads)) * threads)
+    form, groups = FORMS[weights[0].dtype], n_groups(width)
+    task = Task(jobs, blocks, fields, form, kind, width, groups, panels, together, activation or 0)
     packed = aligned(panels * task.groups * input_bytes(kind), _BYTE)
     work = _address_of_work()
     for first in range(0, n_new, panels * SIDE):
@@ -111,7 +138,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind
 @cache
 def _address_of_work() -> int:
     """Return the address of `_take_fields`."""
-    task = Task(np.empty((1, 6), np.int64), 1, 1, 1, 1, 1, 1, 1)
+    task = Task(np.empty((1, 6), np.int64), 1, 1, 1, 1, 1, 1, 1, 1, 1)
     return address_of(_take_fields, task, aligned(1, _BYTE), 1, 1, np.empty(1, np.int64))
 
 
@@ -134,59 +161,77 @@ def _multiply(task: Task, packed: Array, n_new: int, first: int, counter: Array,
 
 @compiled()
 def _take_fields(task: Task, packed: Array, n_new: int, first: int, counter: Array) -> None:
-    """Multiply fields until there are none left."""
-    most, per_chunk = (task.blocks + task.fields - 1) // task.fields, chunk_groups(task.kind)
-    chunk_bytes = per_chunk * weight_bytes(task.kind)
-    laid, room = aligned(most * chunk_bytes, packed), aligned(8 * SQUARE, packed)
-    sums = aligned(most * task.panels * SIDE * SIDE, _FLOAT)
-    field = fetch_add(counter, 0, 1)
-    while field < task.fields:
-        begin, end = field * task.blocks // task.fields, (field + 1) * task.blocks // task.fields
-        sums[:] = 0
-        for start in range(0, task.groups, per_chunk):
-            stop = min(start + per_chunk, task.groups)
-            for block in range(begin, end):
-                lay_out(task, block, start, stop, room, laid[(block - begin) * chunk_bytes :])
-            _multiply_chunk(task, start, stop, begin, end, laid, chunk_bytes, packed, sums)
-        _deliver(task, begin, end, sums, n_new, first)
-        field = fetch_add(counter, 0, 1)
+    """Multiply fields until there are none left. A field is taken as soon as its first chunk can be laid out."""
+    units = task.blocks // task.together
+    most = (units + task.fields - 1) // task.fields * task.together
+    chunk_bytes = chunk_groups(task.kind) * weight_bytes(task.kind)
+    laid, ahead = aligned(most * chunk_bytes, packed), aligned(most * chunk_bytes, packed)
+    room, sums = aligned(8 * SQUARE, packed), aligned(most * task.panels * _SUMS, _FLOAT)
+    chunk = _chunk_of(task, fetch_add(counter, 0, 1), 0)
+    for block in range(chunk.begin, chunk.end):
+        lay_out(task, block, chunk.start, chunk.stop, room, laid[(block - chunk.begin) * chunk_bytes :])
+    while chunk.begin < chunk.end:
+        is_first, is_last = chunk.start == 0, chunk.stop == task.groups
+        if is_first:
+            sums[:] = 0
+        field, start = (fetch_add(counter, 0, 1), 0) if is_last else (chunk.field, chunk.stop)
+        coming = _chunk_of(task, field, start)
+        _multiply_chunk(task, chunk, laid, coming, ahead, room, packed, sums)
+        if is_last:
+            _deliver(task, chunk, sums, n_new, first)
+        chunk, laid, ahead = coming, ahead, laid
+    fetch_add(counter, 0, 0)  # what went past the caches is there for all
+
+
+@compiled()
+def _chunk_of(task: Task, field: int, start: int) -> Chunk:
+    """Return the chunk of a field that begins with the group ``start``."""
+    units, field = task.blocks // task.together, min(field, task.fields)
+    begin, end = field * units // task.fields, min(field + 1, task.fields) * units // task.fields
+    stop = min(start + chunk_groups(task.kind), task.groups)
+    return Chunk(field, begin * task.together, end * task.together, start, stop)
 
 
 @compiled()
 def _multiply_chunk(
-    task: Task, start: int, stop: int, begin: int, end: int, laid: Array, chunk_bytes: int, packed: Array, sums: Array
+    task: Task, chunk: Chunk, laid: Array, coming: Chunk, ahead: Array, room: Array, packed: Array, sums: Array
 ) -> None:
-    """Add to the sums of some blocks what the groups from ``start`` to ``stop`` come to.
+    """Add to the sums of some blocks what a chunk of them comes to.
 
-    Meanwhile the next chunk of the blocks is fetched from memory.
+    Meanwhile the rows of the coming chunk are fetched from memory, and laid out ``ahead`` when they are there.
     """
-    size = input_bytes(task.kind)
-    x, tile = np.int64(packed.ctypes.data) + size * task.panels * start, np.int64(sums.ctypes.data)
+    size, chunk_bytes = input_bytes(task.kind), chunk_groups(task.kind) * weight_bytes(task.kind)
+    x, tile = np.int64(packed.ctypes.data) + size * task.panels * chunk.start, np.int64(sums.ctypes.data)
+    rows, count, block, fetched = SIDE * (coming.end - coming.begin), chunk.end - chunk.begin, coming.begin, 0
     for panel in range(task.panels):
-        for block in range(begin, end):
-            _fetch(task, block, stop, panel)
-            weights = np.int64(laid.ctypes.data) + (block - begin) * chunk_bytes
-            place = tile + ((block - begin) * task.panels + panel) * SQUARE
+        while SIDE * (block + 1 - coming.begin) <= fetched:
+            lay_out(task, block, coming.start, coming.stop, room, ahead[(block - coming.begin) * chunk_bytes :])
+            block += 1
+        for i in range(count):
+            until = rows * (panel * count + i + 1) // (task.panels * count)
+            for row in range(fetched, until):
+                _fetch(task, coming, row)
+            weights, place = np.int64(laid.ctypes.data) + i * chunk_bytes, tile + (i * task.panels + panel) * SQUARE
             if are_integers(task.form):
-                _add_integers(weights, x, stop - start, task.kind, task.form, place)
+                _add_integers(weights, x, chunk.stop - chunk.start, task.kind, task.form, place)
             else:
-                _add_numbers(weights, x, stop - start, task.kind, place)
-        x += size * (stop - start)
+                _add_numbers(weights, x, chunk.stop - chunk.start, task.kind, place)
+            fetched = until
+        x += size * (chunk.stop - chunk.start)
+    for late in range(block, coming.end):
+        lay_out(task, late, coming.start, coming.stop, room, ahead[(late - coming.begin) * chunk_bytes :])
 
 
 @compiled()
-def _fetch(task: Task, block: int, group: int, panel: int) -> None:
-    """Fetch a panel's share of the chunk that begins with a group, of a block's rows."""
-    count = min(chunk_groups(task.kind), task.groups - group)
-    if count <= 0:
-        return
-    job, row = job_of(task.jobs, block, SIDE)
-    size = stored_bytes(task.form)
-    pitch = task.width * (size // GROUP) if size > GROUP else task.groups * size
-    at = job[DATA] + row * pitch + group * size
-    for r in range(SIDE * panel // task.panels, SIDE * (panel + 1) // task.panels):
-        for line in range(0, count * size, LINE):
-            simd.prefetch(at + r * pitch, line)
+def _fetch(task: Task, chunk: Chunk, row: int) -> None:
+    """Fetch what a chunk has of one row of its blocks: row 0 is the first one of its first block."""
+    job, first = place_of(task, chunk.begin + row // SIDE)
+    row, size = min(first + row % SIDE, job[ROWS] - 1), stored_bytes(task.form)
+    for line in range(0, (chunk.stop - chunk.start) * size, LINE):
+        simd.prefetch(job[DATA] + row * row_bytes(task) + chunk.start * size, line)
+    if are_integers(task.form):
+        simd.prefetch(job[SCALES] + 2 * (row * task.groups + chunk.start), 0)
+        simd.prefetch(job[MINIMA] + 2 * (row * task.groups + chunk.start), 0)
 
 
 @compiled()
@@ -262,26 +307,35 @@ def _add_bytes(tile: Any, weights: int, x: int) -> Any:
 
 
 @compiled()
-def _deliver(task: Task, begin: int, end: int, sums: Array, n_new: int, first: int) -> None:
-    """Write the sums of a field to the outputs, those of one token after the other.
+def _deliver(task: Task, chunk: Chunk, sums: Array, n_new: int, first: int) -> None:
+    """Write the sums of a field, its last chunk's, to the outputs: those of one token after the other.
 
     Nobody reads them before much else has been written: where they are whole cache lines, they go past the caches. To
     other threads they are there after the next `fetch_add`.
     """
-    places, counts = np.empty((end - begin, 2), np.int64), np.empty(end - begin, np.int64)
-    for block in range(begin, end):
-        job, row = job_of(task.jobs, block, SIDE)
+    count = (chunk.end - chunk.begin) // task.together
+    places, widths = np.empty((count, 2), np.int64), np.empty(count, np.int64)
+    for i in range(count):
+        job, row = place_of(task, chunk.begin + i * task.together)
         pitch = 4 * job[ROWS]
-        places[block - begin, 0], places[block - begin, 1] = job[OUTPUT] + first * pitch + 4 * row, pitch
-        counts[block - begin] = min(SIDE, job[ROWS] - row)
-    for t in range(min(SIDE * task.panels, n_new)):
-        for block in range(end - begin):
-            at = SIDE * ((block * task.panels + t // SIDE) * SIDE + t % SIDE)
-            output = places[block, 0] + t * places[block, 1]
-            if counts[block] == SIDE and output % LINE == 0:
-                stream(output, simd.load(sums, at))
-            elif counts[block] == SIDE:
-                simd.store(output, 0, simd.load(sums, at))
-            else:
-                for i in range(counts[block]):
-                    simd.store_one(output, 4 * i, sums[at + i])
+        places[i, 0], places[i, 1] = job[OUTPUT] + first * pitch + 4 * row, pitch
+        widths[i] = min(SIDE, job[ROWS] - row)
+    gated = aligned(count * _SUMS if task.together > 1 else 0, _FLOAT)
+    for panel in range((min(SIDE * task.panels, n_new) + SIDE - 1) // SIDE):
+        lines, apart = sums[_SUMS * panel :], _SUMS * task.panels
+        if task.together > 1:
+            for i in range(count):
+                gate = (2 * i * task.panels + panel) * _SUMS
+                up = gate + task.panels * _SUMS
+                _glu(sums[gate : gate + _SUMS], sums[up : up + _SUMS], gated[_SUMS * i :], task.activation)
+            lines, apart = gated, _SUMS
+        for t in range(min(SIDE, n_new - SIDE * panel)):
+            for i in range(count):
+                at, output = apart * i + SIDE * t, places[i, 0] + (SIDE * panel + t) * places[i, 1]
+                if widths[i] == SIDE and output % LINE == 0:
+                    stream(output, simd.load(lines, at))
+                elif widths[i] == SIDE:
+                    simd.store(output, 0, simd.load(lines, at))
+                else:
+                    for r in range(widths[i]):
+                        simd.store_one(output, 4 * r, lines[at + r])

@@ -72,6 +72,10 @@ class Task(NamedTuple):
         N, and groups of 64 numbers that it takes.
     panels : int
         In a pass.
+    together : int
+        2 where blocks take turns between two matrices of one shape, of whose products one gates the other; or 1.
+    activation : int
+        Its number in `npllama.kernels.activation`, where there is a gate.
     """
 
     jobs: Array
@@ -82,6 +86,16 @@ class Task(NamedTuple):
     width: int
     groups: int
     panels: int
+    together: int
+    activation: int
+
+
+@compiled(inline=True)
+def place_of(task: Task, block: int) -> Any:
+    """Return the line of a block's matrix in the table of jobs, and the block's first row there."""
+    if task.together == 1:
+        return job_of(task.jobs, block, SIDE)
+    return task.jobs[block % 2], SIDE * (block // 2)
 
 
 @compiled(inline=True)
@@ -153,7 +167,8 @@ def _pack_chunk(
 ) -> None:
     """Lay out so many groups of a panel.
 
-    A token's numbers are read as far as the chunk goes, as they lie; then those of all tokens are turned together.
+    A token's numbers are read as far as the chunk goes, as they lie, and those of the next token are fetched; then
+    those of all tokens are turned together.
     ``lying`` holds nothing but zeros where no token is, and ``group`` has room for 64 numbers.
     """
     numbers, rows, out = np.int64(x.ctypes.data), np.int64(lying.ctypes.data), np.int64(packed.ctypes.data)
@@ -163,6 +178,8 @@ def _pack_chunk(
         for g in range(count):
             first, n_left = (SIDE * panel + t) * task.width + GROUP * (start + g), task.width - GROUP * (start + g)
             here = numbers + 4 * first
+            for line in range(0, 4 * GROUP, LINE):
+                simd.prefetch(here + 4 * task.width, line)
             if n_left < GROUP:
                 _copy(x, first, n_left, group)
                 here = np.int64(group.ctypes.data)
@@ -222,11 +239,12 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
 
     ``room`` is that of eight squares. A block of fewer than 16 rows has its last row several times.
     """
-    job, row = job_of(task.jobs, block, SIDE)
+    job, row = place_of(task, block)
     lying, out = np.int64(room.ctypes.data), np.int64(laid.ctypes.data)
     turned, size = lying + 4 * SQUARE, weight_bytes(task.kind)
-    at_once, stored, pitch = 2 if task.form == _INT4 else 1, stored_bytes(task.form), _row_bytes(task)
+    at_once, stored, pitch = 2 if task.form == _INT4 else 1, stored_bytes(task.form), row_bytes(task)
     are_words = task.form == _FLOAT32 or (task.form == _BFLOAT16 and task.kind == PAIRS)
+    are_bytes = task.form == _INT8 and task.kind == BYTES
     for g in range(start, stop, at_once):
         rows, apart = job[DATA] + row * pitch + g * stored, pitch
         if row + SIDE > job[ROWS] or (g + at_once) * stored > pitch:
@@ -235,15 +253,17 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
         for s in range(at_once * stored // LINE):
             if are_words:
                 simd.transpose(rows, LINE * s, apart, out, s * SQUARE, LINE)
+            elif are_bytes:
+                simd.transpose_flipped(rows, LINE * s, apart, out, s * SQUARE, LINE)
             else:
                 simd.transpose(rows, LINE * s, apart, turned, s * SQUARE, LINE)
-        if task.form == _INT8:
-            _spread_int8(turned, task.kind, out)
-        elif task.form == _INT4:
+        if task.form == _INT4:
             _spread_int4(turned, task.kind, out)
             if g + 1 < stop:
                 _spread_int4(turned + SQUARE // 2, task.kind, out + size)
-        elif not are_words:
+        elif task.form == _INT8 and not are_bytes:
+            _spread_int8(turned, task.kind, out)
+        elif task.form == _BFLOAT16 and not are_words:
             _spread_pairs(turned, out)
         out += at_once * size
     if are_integers(task.form):
@@ -254,7 +274,7 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
 
 
 @compiled(inline=True)
-def _row_bytes(task: Task) -> int:
+def row_bytes(task: Task) -> int:
     """Bytes of a row as it is stored, without scales."""
     size = stored_bytes(task.form)
     return task.groups * size if are_integers(task.form) else task.width * (size // GROUP)
@@ -263,7 +283,7 @@ def _row_bytes(task: Task) -> int:
 @compiled()
 def _gather(task: Task, data: int, row: int, n_rows: int, at: int, size: int, lying: int) -> None:
     """Copy ``size`` bytes of sixteen rows, four lines apart, from their byte ``at`` on; zeros behind a row's end."""
-    pitch = _row_bytes(task)
+    pitch = row_bytes(task)
     count = min(size, pitch - at)
     for r in range(SIDE):
         here, there = data + min(row + r, n_rows - 1) * pitch + at, lying + 4 * LINE * r
@@ -344,14 +364,11 @@ def _spread_pairs(turned: int, out: int) -> None:
 
 @compiled(inline=True)
 def _spread_int8(turned: int, kind: int, out: int) -> None:
-    """Write the lines of a square, four integers a word, as lines of words of a kind."""
+    """Write the lines of a square, four integers a word, as lines of float32 or pairs."""
     for line in range(0, SQUARE, LINE):
-        if kind == BYTES:
-            simd.store(out, line, simd.flip_signs(simd.load_bytes(turned, line)))
-        else:
-            words = load_integers(turned, line)
-            a, b, c, d = int8_of(words, 0), int8_of(words, 1), int8_of(words, 2), int8_of(words, 3)
-            _store_four(out, line, a, b, c, d, kind)
+        words = load_integers(turned, line)
+        a, b, c, d = int8_of(words, 0), int8_of(words, 1), int8_of(words, 2), int8_of(words, 3)
+        _store_four(out, line, a, b, c, d, kind)
 
 
 @compiled(inline=True)

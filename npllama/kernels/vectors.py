@@ -11,7 +11,7 @@ from npllama.kernels.rounded import rounded
 from npllama.kernels.vector_squares import BYTES, FLOATS, PAIRS
 
 #: Tokens up to which matrices are multiplied row by row, and the least M and N that this takes.
-_FEW = vector_rows.FEW
+FEW = vector_rows.FEW
 _LEAST = vector_rows.BLOCK, 0
 
 
@@ -25,7 +25,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
         All of one storage type. M may differ.
     outputs : sequence of ndarray of shape (T, M), float32
     """
-    if len(x) > _FEW:
+    if len(x) > FEW:
         vector_blocks.multiply(x, weights, outputs, FLOATS)
     elif weights[0].dtype in PACKINGS:
         multiply_filled_up(byte_rows.multiply, x, weights, outputs, _LEAST)
@@ -36,7 +36,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
 
 def multiply_rounded(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
     """Do the same with x rounded to bfloat16, and any weights but float32: many tokens take half of the time then."""
-    if len(x) > _FEW:
+    if len(x) > FEW:
         vector_blocks.multiply(x, weights, outputs, PAIRS)
     elif weights[0].dtype in PACKINGS:
         multiply(rounded(x), weights, outputs)
@@ -49,7 +49,33 @@ def multiply_bytes(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]
 
     A token's numbers are the same, bit by bit, however many there are.
     """
-    if len(x) > _FEW:
+    if len(x) > FEW:
         vector_blocks.multiply(x, weights, outputs, BYTES)
     else:
         multiply_filled_up(byte_columns.multiply, x, weights, outputs, _LEAST)
+
+
+def multiply_gated(x: Array, gate: Tensor, up: Tensor, output: Array, activation: int) -> None:
+    """Fill an output (T, M) with ``activation(x · gateᵀ) * (x · upᵀ)``, both as `multiply` computes them.
+
+    Parameters
+    ----------
+    x : ndarray of shape (T, N), float32
+        T is more than `FEW`.
+    gate, up : Tensor of shape (M, N)
+        Of one storage type.
+    output : ndarray of shape (T, M), float32
+    activation : int
+        Its number in `npllama.kernels.activation`.
+    """
+    vector_blocks.multiply(x, (gate, up), (output,), FLOATS, activation)
+
+
+def multiply_gated_rounded(x: Array, gate: Tensor, up: Tensor, output: Array, activation: int) -> None:
+    """Do the same with what `multiply_rounded` computes."""
+    vector_blocks.multiply(x, (gate, up), (output,), PAIRS, activation)
+
+
+def multiply_gated_bytes(x: Array, gate: Tensor, up: Tensor, output: Array, activation: int) -> None:
+    """Do the same with what `multiply_bytes` computes."""
+    vector_blocks.multiply(x, (gate, up), (output,), BYTES, activation)

@@ -99,6 +99,12 @@ def test_activations_over_the_whole_range_of_float32(activation: str) -> None:
     np.testing.assert_allclose(glu, (exact * up)[finite], rtol=1e-6, atol=4 * absolute)
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (3, 100), (600, 3000)])
+def test_a_sum_is_that_of_the_textbook_to_the_bit(shape: tuple[int, int]) -> None:
+    x, y = normal(*shape), normal(*shape[::-1]).T
+    np.testing.assert_array_equal(kernels.add(x, y), ops.add(x, y))
+
+
 @pytest.mark.parametrize("n_new", ROWS)
 @pytest.mark.parametrize("dtype", STORAGE)
 def test_layer_norm(n_new: int, dtype: str) -> None:

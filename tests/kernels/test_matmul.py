@@ -246,6 +246,18 @@ def test_forced_plain_loops_use_nothing_else() -> None:
     assert chosen.by_dtype["bfloat16"] is chosen.by_dtype["float32"] is portable.multiply
 
 
+def test_what_cannot_be_gated_at_once_is_declined() -> None:
+    x, gate, up, bias = normal(40, 64), stored(normal(48, 64)), stored(normal(48, 64)), stored(normal(48))
+    for path in HERE:
+        product = products(path)
+        assert product.gated_linears(x[:16], gate, up, (None, None), "silu") is None  # few
+        assert product.gated_linears(x, gate, up, (bias, None), "silu") is None
+        assert product.gated_linears(x, gate, up, (None, bias), "silu") is None
+        assert product.gated_linears(x, gate, stored(normal(48, 64), "float32"), (None, None), "silu") is None
+        is_declined = product.gated_linears(x, gate, up, (None, None), "silu") is None
+        assert is_declined == (path in ("amx", "portable"))
+
+
 @needs_amx
 def test_bfloat16_weights_meet_the_matrix_unit_where_there_is_one() -> None:
     assert products().path == "amx"

@@ -83,8 +83,6 @@ def test_bytes_and_their_halves() -> None:
     a, out = RNG.integers(0, 256, 80).astype(U8), np.zeros(64, U8)
     compiled("s.load_bytes(a, 3)", "a")(out, a)
     np.testing.assert_array_equal(out, a[3:67])
-    compiled("s.flip_signs(s.load_bytes(a, 0))", "a")(out, a)
-    np.testing.assert_array_equal(out, a[:64].view(np.int8).astype(int) + 128)
     compiled("s.load_nibbles(a, 1)", "a")(out, a)
     np.testing.assert_array_equal(out, np.concatenate([a[1:33] & 15, a[1:33] >> 4]))
 
@@ -101,6 +99,13 @@ def test_a_square_is_transposed_between_any_strides() -> None:
     compiled("s.store(out, 0, s.load(a, 0)); s.transpose(a, 4, 80, b, 8, 96)", "a, b")(floats(), source, target)
     np.testing.assert_array_equal(target[:, 8:], source[:, 4:].T)
     assert not target[:, :8].any()
+
+
+def test_a_square_of_int8_is_transposed_to_uint8_that_are_128_larger() -> None:
+    source, target = RNG.integers(-128, 128, (16, 16, 4)).astype(np.int8), np.zeros((16, 16, 4), U8)
+    kernel = compiled("s.store(out, 0, s.load(a, 0)); s.transpose_flipped(a, 0, 64, b, 0, 64)", "a, b")
+    kernel(np.zeros(64, np.int8), source, target)
+    np.testing.assert_array_equal(target, source.transpose(1, 0, 2).astype(int) + 128)
 
 
 def test_a_narrow_transpose_ends_with_the_columns_that_are_wanted() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import PACKINGS, Array, Tensor, narrow
-from npllama.kernels import byte_rows, matmul, vector_blocks
+from npllama.kernels import byte_rows, glu, matmul, vector_blocks
 from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.matmul import ROUNDED, products
 from npllama.kernels.vector_rows import FEW
@@ -20,7 +20,7 @@ PATH = "avx512bf16"
 pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX-512 or BF16")
 
 #: M and N: single numbers; last blocks, groups and chunks that are not whole; several chunks, and fields of blocks.
-SHAPES = [(1, 1), (17, 33), (100, 300), (64, 576), (700, 260), (40, 2100)]
+SHAPES = [(1, 1), (17, 33), (100, 300), (64, 576), (700, 260), (40, 2100), (150, 2100)]
 #: What inputs are rounded to, and how weights are stored: all that is computed square by square.
 KINDS = [
     *itertools.product(["float32"], ["float32", "bfloat16", "int8", "int4"]),
@@ -95,6 +95,33 @@ def test_several_matrices_at_once_give_what_each_gives_alone(activations: str, d
     product = products(PATH, activations)
     for y, weight in zip(product.linears(x, weights), weights, strict=True):
         np.testing.assert_array_equal(y, product.linear(x, weight))
+
+
+@every_kind
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (50, 96), (64, 576), (300, 1100)])
+def test_one_product_gated_by_another_has_the_bits_of_both_and_the_gate(
+    activations: str, dtype: str, m: int, n: int
+) -> None:
+    gate, up = stored(normal(m, n, seed=1), dtype), stored(normal(m, n, seed=2), dtype)
+    product = products(PATH, activations)
+    for n_new, activation in ((FEW + 1, "silu"), (48, "gelu"), (70, "silu"), (530, "relu")):
+        x = normal(n_new, n)
+        both = product.linears(x, (gate, up))
+        act = product.gated_linears(x, gate, up, (None, None), activation)
+        assert act is not None
+        np.testing.assert_array_equal(act, glu(*both, activation))
+
+
+@every_kind
+@pytest.mark.usefixtures("any_threads")
+def test_threads_do_not_change_a_bit_behind_a_gate(activations: str, dtype: str) -> None:
+    x, gate, up = normal(50, 300), stored(normal(300, 300, seed=1), dtype), stored(normal(300, 300, seed=2), dtype)
+    product, results = products(PATH, activations), []
+    for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+        numba.set_num_threads(threads)
+        results.append(product.gated_linears(x, gate, up, (None, None), "silu"))
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
 
 
 @every_kind
