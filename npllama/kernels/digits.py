@@ -15,12 +15,26 @@ numbers are all below 2**-100 counts as zero.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import prange
 
 from npllama.dtypes import GROUP, Array, n_groups
+from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.memory import aligned
+from npllama.kernels.rounded import divided
+from npllama.kernels.simd_quantised import (
+    larger,
+    largest_lane,
+    load_floats,
+    magnitudes,
+    shift_right,
+    store_low_bytes,
+    sum_of_lanes,
+    to_integers,
+)
 
 #: Bytes of the digits of a group of one token.
 GROUP_BYTES = 3 * GROUP
@@ -31,6 +45,7 @@ _SMALL = 1 << 15
 _BYTES = np.empty(0, np.int8)
 _LARGEST = np.float32(127 * 65536)
 _SMALLEST = np.float32(2.0**-100)
+_ONES = np.int32(0x01010101)  # four times one
 
 
 def pack(x: Array, columns: int) -> tuple[Array, Array, Array]:
@@ -128,3 +143,36 @@ def integers_of(group: Array, integers: Array) -> tuple[np.float32, np.int32]:
         total += integer
         integers[j] = integer
     return largest / _LARGEST, total
+
+
+@compiled()
+def digit_lanes(numbers: int, lines: int, apart: int) -> Any:
+    """Take 64 float32 at an address apart, in vector registers by name.
+
+    Their digits, the highest first, are written as lines of 64 bytes, ``apart`` bytes from one to the next. Return the
+    step, and the sum of each line's digits.
+    """
+    a, b, c, d = load_floats(numbers, 0), load_floats(numbers, 64), load_floats(numbers, 128), load_floats(numbers, 192)
+    top = np.int32(largest_lane(larger(larger(magnitudes(a), magnitudes(b)), larger(magnitudes(c), magnitudes(d)))))
+    largest, ones, nothing = top.view(np.float32), simd.broadcast(_ONES), simd.broadcast(np.int32(0))
+    if not _SMALLEST < largest < np.float32(np.inf):
+        simd.store(lines, 0, nothing), simd.store(lines, apart, nothing), simd.store(lines, 2 * apart, nothing)
+        return largest * np.float32(0), np.int32(0), np.int32(0), np.int32(0)  # NaN where it is not finite
+    scale = simd.broadcast(divided(_LARGEST, largest))
+    i, j = to_integers(simd.multiply(a, scale)), to_integers(simd.multiply(b, scale))
+    k, m = to_integers(simd.multiply(c, scale)), to_integers(simd.multiply(d, scale))
+    for digit in range(2, -1, -1):
+        line = lines + apart * digit
+        store_low_bytes(line, 0, i), store_low_bytes(line, 16, j)
+        store_low_bytes(line, 32, k), store_low_bytes(line, 48, m)
+        i, j, k, m = _upper(i), _upper(j), _upper(k), _upper(m)
+    high = sum_of_lanes(simd.dot_bytes(nothing, ones, simd.load_bytes(lines, 0)))
+    middle = sum_of_lanes(simd.dot_bytes(nothing, ones, simd.load_bytes(lines, apart)))
+    low = sum_of_lanes(simd.dot_bytes(nothing, ones, simd.load_bytes(lines, 2 * apart)))
+    return divided(largest, _LARGEST), high, middle, low
+
+
+@compiled(inline=True)
+def _upper(integers: Any) -> Any:
+    """Return what is left of integers without their lowest digit, -128 to 127."""
+    return shift_right(simd.add(integers, simd.broadcast(np.int32(128))), 8)

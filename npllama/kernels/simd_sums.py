@@ -178,6 +178,44 @@ def add_stepped(context: Any, totals: Any, sums: Any, scale: Any, steps: Any) ->
 
 
 @intrinsic
+def at_next_place(context: Any, sums: Any, numbers: Any) -> Any:
+    """``at_next_place(sums, numbers)``: ``256 · sum + number`` of int32, the numbers at an address. VPSLLD, VPADDD."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, numbers = arguments
+
+        def change(i: int, total: Any) -> Any:
+            shifted = builder.shl(total, ir.Constant(INT_VECTOR, [8] * 16))
+            return builder.add(shifted, load_splat(builder, numbers, i, WORD))
+
+        return _changed(context, builder, sums, tile, change)
+
+    return sums(sums, types.int64), code
+
+
+@intrinsic
+def add_digits(context: Any, totals: Any, high: Any, lower: Any, scale: Any, steps: Any) -> Any:
+    """``add_digits(totals, high, lower, scale, steps)``: `add_stepped` with ``65536 · high + lower`` for the sum.
+
+    VCVTDQ2PS, VFMADD231PS, VMULPS.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        so_far, high, lower, scale, steps = arguments
+        place = ir.Constant(FLOAT_VECTOR, [65536.0] * 16)
+
+        def change(i: int, total: Any) -> Any:
+            upper, rest = (builder.sitofp(builder.extract_value(tile, i), FLOAT_VECTOR) for tile in (high, lower))
+            scaled = builder.fmul(call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, upper, place, rest), scale)
+            step = load_splat(builder, steps, i, ir.FloatType())
+            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, step, total)
+
+        return _changed(context, builder, totals, so_far, change)
+
+    return totals(totals, high, lower, FLOATS, types.int64), code
+
+
+@intrinsic
 def add_outer_to_memory(context: Any, address: Any, vector: Any, numbers: Any) -> Any:
     """``add_outer_to_memory(address, vector, numbers)``: add a vector times each of 16 numbers to 16 vectors there.
 

@@ -9,7 +9,7 @@ the product. Integer weights stay integers. The sums of a group of 64 are multip
 added to those of the groups before. int4, stored from 0 to 15, is taken around zero::
 
     y += scale · sum(q · x)                                           BYTES: x = step · integer
-    y += scale · sum((q - 8) · x) + (minimum + 8 scale) · sum(x)
+    y += scale · sum((q - 8) · x) + (minimum + 8 scale) · sum(x)      DIGITS: x = step · (65536 h + 256 m + l)
 
 A **panel** is 16 tokens, a **block** 16 rows, a **chunk** some groups that make 16 squares. The squares of a block and
 chunk take 16 kB of the first-level cache, while those of every panel in turn pass by. A **field** is some blocks,
@@ -43,10 +43,12 @@ from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import fetch_add
 from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.simd_sums import (
+    add_digits,
     add_outer_to_memory,
     add_scaled_to_memory,
     add_stepped,
     add_to_memory,
+    at_next_place,
     first_sums,
     no_sums,
     outer_bytes,
@@ -57,10 +59,12 @@ from npllama.kernels.simd_sums import (
 from npllama.kernels.vector_squares import (
     BEGIN,
     BYTES,
+    DIGITS,
     FLOATS,
     INPUT_LINES,
     LINE,
     MIDDLE,
+    PAIRS,
     SCALE,
     SIDE,
     SQUARE,
@@ -76,7 +80,6 @@ from npllama.kernels.vector_squares import (
     pack_panel,
     place_of,
     row_bytes,
-    squares,
     stored_bytes,
     weight_bytes,
 )
@@ -110,10 +113,12 @@ def multiply(
     ----------
     x : ndarray of shape (T, N), float32
     weights : sequence of Tensor of shape (M, N)
-        All of one storage type: any for FLOATS, any but float32 for PAIRS, int8 or int4 for BYTES. M may differ.
+        All of one storage type: float32 or bfloat16 for FLOATS, int8 or int4 for BYTES and DIGITS, any but float32 for
+        PAIRS. M may differ.
     outputs : sequence of ndarray of shape (T, M), float32
     kind : int
-        FLOATS rounds nothing but sums, PAIRS the input to bfloat16, and BYTES to int8; see `npllama.rounding`.
+        FLOATS rounds nothing but sums, and DIGITS nothing more than that does; PAIRS rounds the input to bfloat16, and
+        BYTES to int8, see `npllama.rounding`.
     activation : int, optional
         There are two weights of one shape, whose products are ``gate`` and ``up``, and one output, which becomes
         ``activation(gate) * up``. Its number in `npllama.kernels.activation`.
@@ -254,20 +259,19 @@ def _add_numbers(weights: int, x: int, groups: int, kind: int, sums: int) -> Non
 @compiled()
 def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums: int) -> None:
     """Do the same with integers, group by group."""
-    size = squares(kind) * SQUARE
-    if kind == BYTES:
+    if kind == PAIRS:
+        for _ in range(groups):
+            scales, steps = weights + 2 * SQUARE, x + 2 * SQUARE
+            add_scaled_to_memory(sums, _add_pairs(no_sums(SIDE), weights, x), load_floats(scales, SCALE))
+            if has_minima(form):
+                add_outer_to_memory(sums, load_floats(scales, MIDDLE), steps + SUM)
+            weights, x = scales + WEIGHT_LINES, steps + INPUT_LINES
+    elif kind == BYTES:
         _add_half(weights, x, groups, form, sums)
         _add_half(weights, x + LINE // 2, groups, form, sums + SQUARE // 2)
-        return
-    for _ in range(groups):
-        scales, steps = weights + size, x + size
-        if kind == FLOATS:
-            add_scaled_to_memory(sums, _add_floats(no_sums(SIDE), weights, x), load_floats(scales, SCALE))
-        else:
-            add_scaled_to_memory(sums, _add_pairs(no_sums(SIDE), weights, x), load_floats(scales, SCALE))
-        if has_minima(form):
-            add_outer_to_memory(sums, load_floats(scales, MIDDLE), steps + SUM)
-        weights, x = scales + WEIGHT_LINES, steps + INPUT_LINES
+    else:
+        _add_half_of_digits(weights, x, groups, form, sums)
+        _add_half_of_digits(weights, x + LINE // 2, groups, form, sums + SQUARE // 2)
 
 
 @compiled()
@@ -281,7 +285,24 @@ def _add_half(weights: int, x: int, groups: int, form: int, sums: int) -> None:
         if has_minima(form):
             totals = outer_floats(totals, weights + SQUARE + MIDDLE, steps + SUM)
         weights += SQUARE + WEIGHT_LINES
-        x += SQUARE + INPUT_LINES
+        x += input_bytes(BYTES)
+    add_to_memory(sums, totals)
+
+
+@compiled()
+def _add_half_of_digits(weights: int, x: int, groups: int, form: int, sums: int) -> None:
+    """Do it for three digits: the two lower ones have a sum in common, which 32 bits hold."""
+    totals = no_sums(_HALF)
+    for _ in range(groups):
+        steps = x + 3 * SQUARE
+        lower = _add_bytes(first_sums(steps + BEGIN + LINE, _HALF), weights, x + SQUARE)
+        lower = _add_bytes(at_next_place(lower, steps + BEGIN + 2 * LINE), weights, x + 2 * SQUARE)
+        high = _add_bytes(first_sums(steps + BEGIN, _HALF), weights, x)
+        totals = add_digits(totals, high, lower, load_floats(weights, SQUARE + SCALE), steps + STEP)
+        if has_minima(form):
+            totals = outer_floats(totals, weights + SQUARE + MIDDLE, steps + SUM)
+        weights += SQUARE + WEIGHT_LINES
+        x += input_bytes(DIGITS)
     add_to_memory(sums, totals)
 
 

@@ -9,12 +9,15 @@ kind        a word              what the input is rounded to                 pro
 ``FLOATS``  one float32         nothing                                      16
 ``PAIRS``   two bfloat16        bfloat16                                     32
 ``BYTES``   four int8           int8, with a step for each group of 64       64
+``DIGITS``  four int8           three digits of int8, with a step each       64 of one digit
 ==========  ==================  ===========================================  =====================
 
-Integer weights stay integers, which float32 and bfloat16 hold exactly: int4 less 8, and for BYTES unsigned, int8 as 128
-more than it is and int4 as it is stored. Behind the squares of a group of 64 numbers stand two lines with the scales
-of its rows and, for int4, their middles, ``minimum + 8 scale``; or three with the steps of its tokens, with what their
-sums of bytes begin with, since the weights are taken larger than they are, and with the sums of their numbers.
+Three digits are as exact as float32 arithmetic, see `npllama.kernels.digits`; of them the input has three squares where
+the weights have one. Integer weights stay integers, which bfloat16 holds exactly: int4 less 8, and for bytes unsigned,
+int8 as 128 more than it is and int4 as it is stored. Behind the squares of a group of 64 numbers stand two lines with
+the scales of its rows and, for int4, their middles, ``minimum + 8 scale``; or some with the steps of its tokens, with
+the sums of their numbers, and with what their sums of bytes begin with, since the weights are taken larger than they
+are: a line for each digit.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy as np
 
 from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
+from npllama.kernels.digits import digit_lanes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
 from npllama.kernels.memory import aligned
@@ -41,15 +45,19 @@ from npllama.kernels.simd_quantised import (
 from npllama.kernels.simd_words import bfloat16_of, int8_of, nibble_of, pair_of
 
 #: How products are computed.
-FLOATS, PAIRS, BYTES = range(3)
+FLOATS, PAIRS, BYTES, DIGITS = range(4)
 
 SIDE = 16  # of a square: rows or tokens, and words
 LINE = 64  # bytes of a line of a square
 SQUARE = SIDE * LINE
-#: Lines behind the squares of a group: scales and middles of its rows; steps, beginnings and sums of its tokens.
+#: Lines behind the squares of a group: scales and middles of its rows; steps, sums and beginnings of its tokens.
 SCALE, MIDDLE, WEIGHT_LINES = 0, LINE, 2 * LINE
-STEP, BEGIN, SUM, INPUT_LINES = 0, LINE, 2 * LINE, 3 * LINE
-#: Squares of a chunk.
+STEP, SUM, BEGIN, INPUT_LINES = 0, LINE, 2 * LINE, 3 * LINE
+#: By kind: squares that 64 numbers of a row take, and of a token; lines behind the latter; groups of a chunk.
+_SQUARES, _INPUT_SQUARES = (4, 2, 1, 1), (4, 2, 1, 3)
+_INPUT_LINES = (INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES + 2 * LINE)
+_GROUPS = (4, 8, 16, 4)
+#: Squares of a panel's chunk, at most.
 _CHUNK = 16
 
 _BFLOAT16, _INT8, _INT4, _FLOAT32 = FORMS.values()
@@ -67,7 +75,7 @@ class Task(NamedTuple):
     form : int
         Storage type of the weights, in `npllama.kernels.jobs.FORMS`.
     kind : int
-        FLOATS, PAIRS or BYTES.
+        FLOATS, PAIRS, BYTES or DIGITS.
     width, groups : int
         N, and groups of 64 numbers that it takes.
     panels : int
@@ -101,13 +109,13 @@ def place_of(task: Task, block: int) -> Any:
 @compiled(inline=True)
 def squares(kind: int) -> int:
     """Squares that 64 numbers of a row take."""
-    return 4 >> kind
+    return _SQUARES[kind]
 
 
 @compiled(inline=True)
 def chunk_groups(kind: int) -> int:
-    """Return how many groups of 64 numbers are 16 squares."""
-    return _CHUNK // 4 << kind
+    """Return how many groups of 64 numbers are a chunk."""
+    return _GROUPS[kind]
 
 
 @compiled(inline=True)
@@ -125,7 +133,7 @@ def has_minima(form: int) -> bool:
 @compiled()
 def input_bytes(kind: int) -> Any:
     """Bytes of a group of a panel."""
-    return squares(kind) * SQUARE + INPUT_LINES
+    return _INPUT_SQUARES[kind] * SQUARE + _INPUT_LINES[kind]
 
 
 @compiled(inline=True)
@@ -172,7 +180,7 @@ def _pack_chunk(
     ``lying`` holds nothing but zeros where no token is, and ``group`` has room for 64 numbers.
     """
     numbers, rows, out = np.int64(x.ctypes.data), np.int64(lying.ctypes.data), np.int64(packed.ctypes.data)
-    size, side = input_bytes(task.kind), squares(task.kind) * SQUARE
+    size, side = input_bytes(task.kind), _INPUT_SQUARES[task.kind] * SQUARE
     n_there = max(0, min(SIDE, len(x) - SIDE * panel))
     for t in range(n_there):
         for g in range(count):
@@ -202,6 +210,13 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
         simd.store_one(behind, STEP, step)
         simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * whole))
         total = np.float32(whole) * step
+    elif task.kind == DIGITS:
+        step, high, middle, low = digit_lanes(numbers, line, SQUARE)
+        simd.store_one(behind, STEP, step)
+        simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * high))
+        simd.store_one(behind, BEGIN + LINE, np.int32(-excess(task.form) * middle))
+        simd.store_one(behind, BEGIN + 2 * LINE, np.int32(-excess(task.form) * low))
+        total = np.float32(65536 * high + 256 * middle + low) * step
     else:
         a, b, c, d = (
             load_floats(numbers, 0),
@@ -244,7 +259,7 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
     turned, size = lying + 4 * SQUARE, weight_bytes(task.kind)
     at_once, stored, pitch = 2 if task.form == _INT4 else 1, stored_bytes(task.form), row_bytes(task)
     are_words = task.form == _FLOAT32 or (task.form == _BFLOAT16 and task.kind == PAIRS)
-    are_bytes = task.form == _INT8 and task.kind == BYTES
+    are_bytes = task.form == _INT8 and task.kind >= BYTES
     for g in range(start, stop, at_once):
         rows, apart = job[DATA] + row * pitch + g * stored, pitch
         if row + SIDE > job[ROWS] or (g + at_once) * stored > pitch:
@@ -262,7 +277,7 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
             if g + 1 < stop:
                 _spread_int4(turned + SQUARE // 2, task.kind, out + size)
         elif task.form == _INT8 and not are_bytes:
-            _spread_int8(turned, task.kind, out)
+            _spread_int8(turned, out)
         elif task.form == _BFLOAT16 and not are_words:
             _spread_pairs(turned, out)
         out += at_once * size
@@ -363,37 +378,25 @@ def _spread_pairs(turned: int, out: int) -> None:
 
 
 @compiled(inline=True)
-def _spread_int8(turned: int, kind: int, out: int) -> None:
-    """Write the lines of a square, four integers a word, as lines of float32 or pairs."""
+def _spread_int8(turned: int, out: int) -> None:
+    """Write the lines of a square, four integers a word, as lines of pairs."""
     for line in range(0, SQUARE, LINE):
         words = load_integers(turned, line)
         a, b, c, d = int8_of(words, 0), int8_of(words, 1), int8_of(words, 2), int8_of(words, 3)
-        _store_four(out, line, a, b, c, d, kind)
+        simd.store(out, 2 * line, pair_of(a, b))
+        simd.store(out, 2 * line + LINE, pair_of(c, d))
 
 
 @compiled(inline=True)
 def _spread_int4(turned: int, kind: int, out: int) -> None:
     """Do the same with half a square, eight integers a word, of which four belong into the second half."""
     for line in range(0, SQUARE // 2, LINE):
-        if kind == BYTES:
+        if kind >= BYTES:
             simd.store(out, line, low_nibbles(simd.load_bytes(turned, line)))
             simd.store(out, SQUARE // 2 + line, high_nibbles(simd.load_bytes(turned, line)))
         else:
             words = load_integers(turned, line)
-            a, b, c, d = nibble_of(words, 0), nibble_of(words, 2), nibble_of(words, 4), nibble_of(words, 6)
-            _store_four(out, line, a, b, c, d, kind)
-            a, b, c, d = nibble_of(words, 1), nibble_of(words, 3), nibble_of(words, 5), nibble_of(words, 7)
-            _store_four(out, SQUARE // 2 + line, a, b, c, d, kind)
-
-
-@compiled(inline=True)
-def _store_four(out: int, line: int, a: Any, b: Any, c: Any, d: Any, kind: int) -> None:
-    """Write the numbers that are bytes of one line as four lines of float32, or two of pairs."""
-    if kind == FLOATS:
-        simd.store(out, 4 * line, a)
-        simd.store(out, 4 * line + LINE, b)
-        simd.store(out, 4 * line + 2 * LINE, c)
-        simd.store(out, 4 * line + 3 * LINE, d)
-    else:
-        simd.store(out, 2 * line, pair_of(a, b))
-        simd.store(out, 2 * line + LINE, pair_of(c, d))
+            simd.store(out, 2 * line, pair_of(nibble_of(words, 0), nibble_of(words, 2)))
+            simd.store(out, 2 * line + LINE, pair_of(nibble_of(words, 4), nibble_of(words, 6)))
+            simd.store(out, SQUARE + 2 * line, pair_of(nibble_of(words, 1), nibble_of(words, 3)))
+            simd.store(out, SQUARE + 2 * line + LINE, pair_of(nibble_of(words, 5), nibble_of(words, 7)))

@@ -8,7 +8,7 @@ from npllama.dtypes import PACKINGS, Array, Tensor
 from npllama.kernels import byte_columns, byte_rows, vector_blocks, vector_rows
 from npllama.kernels.filled import multiply_filled_up
 from npllama.kernels.rounded import rounded
-from npllama.kernels.vector_squares import BYTES, FLOATS, PAIRS
+from npllama.kernels.vector_squares import BYTES, DIGITS, FLOATS, PAIRS
 
 #: Tokens up to which matrices are multiplied row by row, and the least M and N that this takes.
 FEW = vector_rows.FEW
@@ -26,7 +26,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     outputs : sequence of ndarray of shape (T, M), float32
     """
     if len(x) > FEW:
-        vector_blocks.multiply(x, weights, outputs, FLOATS)
+        vector_blocks.multiply(x, weights, outputs, DIGITS if weights[0].dtype in PACKINGS else FLOATS)
     elif weights[0].dtype in PACKINGS:
         multiply_filled_up(byte_rows.multiply, x, weights, outputs, _LEAST)
     else:
@@ -68,7 +68,7 @@ def multiply_gated(x: Array, gate: Tensor, up: Tensor, output: Array, activation
     activation : int
         Its number in `npllama.kernels.activation`.
     """
-    vector_blocks.multiply(x, (gate, up), (output,), FLOATS, activation)
+    vector_blocks.multiply(x, (gate, up), (output,), DIGITS if gate.dtype in PACKINGS else FLOATS, activation)
 
 
 def multiply_gated_rounded(x: Array, gate: Tensor, up: Tensor, output: Array, activation: int) -> None:

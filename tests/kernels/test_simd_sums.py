@@ -65,6 +65,20 @@ def test_integers_are_added_with_scale_and_step() -> None:
     np.testing.assert_allclose(found, expected.reshape(-1), 1e-5)
 
 
+def test_integers_of_three_digits_are_added_with_scale_and_step() -> None:
+    """The two lower digits' sums make one integer, to which more is added at the place of the lowest."""
+    digits = RNG.integers(-(1 << 21), 1 << 21, (3, 8)).astype(np.int32)
+    body = "lower = u.at_next_place(u.first_sums(b + 32, 8), b + 64); t = u.sums_at(a, 8)"
+    body += "; u.store_sums(o, u.add_digits(t, u.first_sums(b, 8), lower, q.load_floats(c, 0), d))"
+    padded = np.concatenate([digits.reshape(-1), np.zeros(8, np.int32)])
+    found = run(body, FLOATS, padded, FLOATS[8].copy(), FLOATS[9].copy(), size=128)
+    integers = (digits.astype(np.float64) * [[65536], [256], [1]]).sum(0)
+    expected = FLOATS[:8] + FLOATS[8] * integers[:, None] * FLOATS[9, :8, None]
+    np.testing.assert_allclose(found, expected.reshape(-1), 1e-6)
+    found = run("u.store_sums(o, u.at_next_place(u.first_sums(a, 8), a + 32))", padded, out=np.int32, size=128)
+    np.testing.assert_array_equal(found, (256 * digits[0] + digits[1]).repeat(16))
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
 def test_totals_are_the_sums_of_lanes_in_pairs_of_halves(count: int) -> None:
     found = run(f"u.store_totals(o, u.sums_at(a, {count}))", FLOATS, size=16)
