@@ -11,10 +11,11 @@ added to those of the groups before. int4, stored from 0 to 15, is taken around 
     y += scale · sum(q · x)                                           BYTES: x = step · integer
     y += scale · sum((q - 8) · x) + (minimum + 8 scale) · sum(x)      DIGITS: x = step · (65536 h + 256 m + l)
 
-A **panel** is 16 tokens, a **block** 16 rows, a **chunk** some groups that make 16 squares. The squares of a block and
-chunk take 16 kB of the first-level cache, while those of every panel in turn pass by. A **field** is some blocks,
-multiplied by all panels chunk by chunk; its squares and sums stay in the second-level cache. Threads take fields in
-turn. While a chunk is multiplied, the next one, be it the next field's first, is fetched from memory and laid out.
+A **panel** is 16 tokens, a **block** 16 rows, a **chunk** some groups that make up to 16 squares of either. The squares
+of a block and chunk stay in the first-level cache, while those of every panel in turn pass by. A **field** is some
+blocks, multiplied by all panels chunk by chunk; its squares and sums stay in the second-level cache. Threads take
+fields in turn. While a chunk is multiplied, the next one, be it the next field's first, is fetched from memory and laid
+out.
 
 Of two matrices of one shape, one product may be gated by the other before anything is written: blocks of both take
 turns in a field then.
@@ -176,8 +177,8 @@ def _take_fields(task: Task, packed: Array, n_new: int, first: int, counter: Arr
     for block in range(chunk.begin, chunk.end):
         lay_out(task, block, chunk.start, chunk.stop, room, laid[(block - chunk.begin) * chunk_bytes :])
     while chunk.begin < chunk.end:
-        is_first, is_last = chunk.start == 0, chunk.stop == task.groups
-        if is_first:
+        is_last = chunk.stop == task.groups
+        if chunk.start == 0:
             sums[:] = 0
         field, start = (fetch_add(counter, 0, 1), 0) if is_last else (chunk.field, chunk.stop)
         coming = _chunk_of(task, field, start)
