@@ -235,9 +235,11 @@ def _fetch(task: Task, chunk: Chunk, row: int) -> None:
     row, size = min(first + row % SIDE, job[ROWS] - 1), stored_bytes(task.form)
     for line in range(0, (chunk.stop - chunk.start) * size, LINE):
         simd.prefetch(job[DATA] + row * row_bytes(task) + chunk.start * size, line)
+    group = row * task.groups + chunk.start
     if are_integers(task.form):
-        simd.prefetch(job[SCALES] + 2 * (row * task.groups + chunk.start), 0)
-        simd.prefetch(job[MINIMA] + 2 * (row * task.groups + chunk.start), 0)
+        simd.prefetch(job[SCALES], 2 * group)
+    if has_minima(task.form):
+        simd.prefetch(job[MINIMA], 2 * group)
 
 
 @compiled()
