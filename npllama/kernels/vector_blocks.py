@@ -41,7 +41,7 @@ from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, jobs_of
 from npllama.kernels.memory import aligned
-from npllama.kernels.simd_atomic import fetch_add
+from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
 from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.simd_sums import (
     add_digits,
@@ -87,6 +87,8 @@ from npllama.kernels.vector_squares import (
 
 _HALF = 8  # tokens of half a panel
 _SUMS = SIDE * SIDE  # of a block and a panel
+#: Counters: fields and panels that were taken, panels that are laid out.
+_FIELDS, _PANELS, _PACKED = range(3)
 #: Blocks of a field, and tokens of a pass, at most: the sums take 256 kB.
 _FIELD, _TOKENS = 8, 512
 _BYTE, _FLOAT = np.empty(0, np.uint8), np.empty(0, np.float32)  # only their dtypes matter
@@ -137,56 +139,61 @@ def multiply(
     packed = aligned(panels * task.groups * input_bytes(kind), _BYTE)
     work = _address_of_work()
     for first in range(0, n_new, panels * SIDE):
-        _pack(x[first:], packed, task)
-        _multiply(task, packed, n_new - first, first, np.zeros(1, np.int64), threads, work)
+        _multiply(task, x, first, packed, np.zeros(3, np.int64), threads, work)
 
 
 @cache
 def _address_of_work() -> int:
     """Return the address of `_take_fields`."""
     task = Task(np.empty((1, 6), np.int64), 1, 1, 1, 1, 1, 1, 1, 1, 1)
-    return address_of(_take_fields, task, aligned(1, _BYTE), 1, 1, np.empty(1, np.int64))
+    return address_of(_take_part, task, np.empty((1, 1), np.float32), 1, aligned(1, _BYTE), np.empty(1, np.int64))
 
 
 @compiled(parallel=True)
-def _pack(x: Array, packed: Array, task: Task) -> None:
-    """Lay out the panels of a pass: all of one chunk, then all of the next; tokens that are not there are zeros."""
-    for panel in prange(task.panels):
-        pack_panel(x, packed, task, np.int64(panel))  # a parallel loop counts in uint64
+def _multiply(task: Task, x: Array, first: int, packed: Array, counters: Array, n_threads: int, work: int) -> None:
+    """Multiply every block by the panels of a pass, the tokens of x from ``first`` on.
 
-
-@compiled(parallel=True)
-def _multiply(task: Task, packed: Array, n_new: int, first: int, counter: Array, n_threads: int, work: int) -> None:
-    """Multiply every block by the packed panels of the tokens from ``first`` on, of which there are ``n_new``.
-
-    ``work`` is the address of `_take_fields`.
+    ``work`` is the address of `_take_part`.
     """
     for _ in prange(n_threads):
-        call_at(work, (task, packed, n_new, first, counter))
+        call_at(work, (task, x, first, packed, counters))
 
 
 @compiled()
-def _take_fields(task: Task, packed: Array, n_new: int, first: int, counter: Array) -> None:
+def _take_part(task: Task, x: Array, first: int, packed: Array, counters: Array) -> None:
+    """Lay out panels until there are none left; when all are there, multiply fields until there are none left."""
+    panel = fetch_add(counters, _PANELS, 1)
+    while panel < task.panels:
+        pack_panel(x[first:], packed, task, panel)
+        fetch_add(counters, _PACKED, 1)
+        panel = fetch_add(counters, _PANELS, 1)
+    while load_acquire(counters, _PACKED) < task.panels:  # whoever lays out one is at it
+        pause()
+    _take_fields(task, packed, len(x) - first, first, counters)
+
+
+@compiled()
+def _take_fields(task: Task, packed: Array, n_new: int, first: int, counters: Array) -> None:
     """Multiply fields until there are none left. A field is taken as soon as its first chunk can be laid out."""
     units = task.blocks // task.together
     most = (units + task.fields - 1) // task.fields * task.together
     chunk_bytes = chunk_groups(task.kind) * weight_bytes(task.kind)
     laid, ahead = aligned(most * chunk_bytes, packed), aligned(most * chunk_bytes, packed)
     room, sums = aligned(8 * SQUARE, packed), aligned(most * task.panels * _SUMS, _FLOAT)
-    chunk = _chunk_of(task, fetch_add(counter, 0, 1), 0)
+    chunk = _chunk_of(task, fetch_add(counters, _FIELDS, 1), 0)
     for block in range(chunk.begin, chunk.end):
         lay_out(task, block, chunk.start, chunk.stop, room, laid[(block - chunk.begin) * chunk_bytes :])
     while chunk.begin < chunk.end:
         is_last = chunk.stop == task.groups
         if chunk.start == 0:
             sums[:] = 0
-        field, start = (fetch_add(counter, 0, 1), 0) if is_last else (chunk.field, chunk.stop)
+        field, start = (fetch_add(counters, _FIELDS, 1), 0) if is_last else (chunk.field, chunk.stop)
         coming = _chunk_of(task, field, start)
         _multiply_chunk(task, chunk, laid, coming, ahead, room, packed, sums)
         if is_last:
             _deliver(task, chunk, sums, n_new, first)
         chunk, laid, ahead = coming, ahead, laid
-    fetch_add(counter, 0, 0)  # what went past the caches is there for all
+    fetch_add(counters, _FIELDS, 0)  # what went past the caches is there for all
 
 
 @compiled()

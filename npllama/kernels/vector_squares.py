@@ -159,7 +159,10 @@ def stored_bytes(form: int) -> int:
 
 @compiled()
 def pack_panel(x: Array, packed: Array, task: Task, panel: int) -> None:
-    """Lay out one panel: tokens that are not there are zeros. Chunks come first, then panels, then groups."""
+    """Lay out one panel: tokens that are not there are zeros.
+
+    All panels of one chunk come first, then all of the next.
+    """
     per_chunk = chunk_groups(task.kind)
     lying, group = aligned(_CHUNK * SQUARE, packed), np.zeros(GROUP, np.float32)
     lying[:] = 0
