@@ -144,7 +144,7 @@ def multiply(
 
 @cache
 def _address_of_work() -> int:
-    """Return the address of `_take_fields`."""
+    """Return the address of `_take_part`."""
     task = Task(np.empty((1, 6), np.int64), 1, 1, 1, 1, 1, 1, 1, 1, 1)
     return address_of(_take_part, task, np.empty((1, 1), np.float32), 1, aligned(1, _BYTE), np.empty(1, np.int64))
 
