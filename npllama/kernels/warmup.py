@@ -149,6 +149,7 @@ def _steps(needs: Needs) -> tuple[Sequence[Step], Sequence[Step]]:
         else (lambda: ops.rms_norm(square, stored(2), 1e-5)),
         lambda: ops.apply_rope(square[None], square[:1, :1], square[:1, :1]),
         (lambda: ops.glu(square, square, "silu")) if needs.gated else (lambda: ops.activate(square, "silu")),
+        lambda: ops.add(square, square),
         lambda: ops.softmax(square),
     )
     few: tuple[Step, ...] = (
