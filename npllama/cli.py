@@ -179,7 +179,7 @@ def _add_engine(command: argparse.ArgumentParser, *, exact: bool = False) -> Non
     )
     command.add_argument(
         "--kernels",
-        choices=("amx", "avx512bf16", "avx512", "portable"),
+        choices=("amx", "avx512bf16", "avx512", "avx2", "portable"),
         help="instructions that the fast backend may use (default: the best that the processor has)",
     )
     command.add_argument("--threads", type=_positive, metavar="N", help="how many threads (default: one for each core)")

@@ -81,8 +81,8 @@ def generate(
     Drafts change no token and no random number: at each drafted position the token is chosen from the model's own
     logits, as it would be without drafts, and the first that differs from its draft discards the rest. Where the
     logits of a position do not depend on how many are computed together (in exact arithmetic, and for up to 15 drafts
-    with kernels in AVX-512), steps are equal to the last bit. Elsewhere logits may differ by rounding, and the texts
-    where two tokens are as likely to within that: more often where inputs are rounded to int8, which enlarges it.
+    with kernels in AVX-512 or AVX2), steps are equal to the last bit. Elsewhere logits may differ by rounding, and the
+    texts where two tokens are as likely to within that: more often where inputs are rounded to int8, which enlarges it.
     """
     settings = Settings(
         max_new_tokens=max_new_tokens,

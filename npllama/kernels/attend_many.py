@@ -1,7 +1,7 @@
 """One piece of attention for many queries, as in a prompt: they stand side by side in **panels** of 32 lanes.
 
 See `npllama.kernels.attend_piece` for what a piece is, and how the softmax is done along the way. Each number of a key
-or value meets all lanes at once, sums of eight rows stay in registers, and everything that the softmax does is done to
+or value meets all lanes at once, sums of some rows stay in registers, and everything that the softmax does is done to
 whole vectors.
 
 What is multiplied with bfloat16 keys and values is bfloat16, too (`npllama.rounding`). Where the processor multiplies
@@ -29,6 +29,7 @@ from npllama.kernels.attend_piece import (
     exp2,
 )
 from npllama.kernels.jit import compiled, narrowed, widened
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, store, to_bfloat16, transpose
 from npllama.kernels.simd import fused_multiply_add as fma
@@ -39,7 +40,9 @@ from npllama.kernels.simd_words import bfloat16_of, rounded_pair
 
 _LANES = 32  # queries of a panel, two vectors
 _LINE = 4 * _LANES  # bytes
-_EIGHT = 8 * _LINE
+#: Rows, of keys or of numbers of a value, whose sums are in registers at a time; there are two vectors of each.
+_ROWS = 8 if WIDE else 2
+_SUMS = 2 * _ROWS
 _PEAKS, _TOTALS, _SHRUNK = range(3)  # rows of a panel's state
 
 
@@ -247,19 +250,19 @@ def _hide(scores: Array, piece: Piece, first_query: int, start: int, height: int
 def _score(
     row: int, pitch: int, queries: Array, head_dim: int, height: int, pairs: Array | None, scores: Array
 ) -> None:
-    """Fill the first ``height`` scores (block, lanes) with keys times queries (N, lanes), eight keys at a time.
+    """Fill the first ``height`` scores (block, lanes) with keys times queries (N, lanes), some keys at a time.
 
     The first key lies at ``row``, the others behind it, ``pitch`` bytes apart.
     """
     lines, out = np.int64(queries.ctypes.data), np.int64(scores.ctypes.data)
     depth = head_dim if pairs is None else (head_dim + 1) // 2
-    for _ in range(0, height, 8):
-        tile = no_sums(16)
+    for _ in range(0, height, _ROWS):
+        tile = no_sums(_SUMS)
         for n in range(depth):
             tile = outer_rows(tile, pairs, lines + _LINE * n, row + 4 * n, pitch)
         store_sums(out, tile)
-        row += 8 * pitch
-        out += _EIGHT
+        row += _ROWS * pitch
+        out += _ROWS * _LINE
 
 
 @compiled()
@@ -301,12 +304,12 @@ def _add_values(
     numbers, lines, out = np.int64(values.ctypes.data), np.int64(weights.ctypes.data), np.int64(sums.ctypes.data)
     factors = np.int64(state.ctypes.data) + _LINE * _SHRUNK
     depth = height if pairs is None else height // 2
-    for d in range(0, head_dim, 8):
-        tile = shrunk_rows(out, factors)
+    for d in range(0, head_dim, _ROWS):
+        tile = shrunk_rows(out, _SUMS, factors)
         for n in range(depth):
             tile = outer_rows(tile, pairs, lines + _LINE * n, numbers + 4 * d + step * n, 4)
         store_sums(out, tile)
-        out += _EIGHT
+        out += _ROWS * _LINE
 
 
 # --- in plain loops ---------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from npllama.kernels.simd_sums import add_stepped, add_to_memory, first_sums, no
 from npllama.kernels.vector_rows import tokens_of
 from npllama.kernels.vector_squares import (
     BYTES,
+    INT8_KIND,
     LINE,
     MIDDLE,
     SCALE,
@@ -226,7 +227,7 @@ def multiply_block(
     """
     sums, x = np.int64(room.ctypes.data), np.int64(tokens.ctypes.data)
     factors, form = sums + LINE * PARTY, _INT4 if is_int4 else _INT8
-    lines, per_chunk = factors + WEIGHT_LINES * groups, chunk_groups(BYTES)
+    lines, per_chunk = factors + WEIGHT_LINES * groups, _per_chunk(is_int4)
     for g in range(0, groups, per_chunk):
         here, count = factors + WEIGHT_LINES * g, min(per_chunk, groups - g)
         lay_factors(rows.scales, rows.minima, BLOCK, groups, g, count, form, lines, here, WEIGHT_LINES)
@@ -246,13 +247,23 @@ def multiply_block(
 
 
 @compiled(inline=True)
+def _per_chunk(is_int4: bool) -> int:
+    """Return how many groups are added up by themselves, which decides the bits: as many as among many tokens."""
+    return chunk_groups(BYTES) if is_int4 else chunk_groups(INT8_KIND)
+
+
+@compiled(inline=True)
 def _multiply_party(count: int, block: Block, x: int) -> None:
     """Fill the sums of literally so many tokens, which begin at an address.
 
     The sums of a chunk are added up by themselves. A line of each row is a group of int8, or two of int4.
     """
     store_sums(block.sums, no_sums(count))
-    per_chunk, per_line, size = chunk_groups(BYTES), 2 if block.is_int4 else 1, GROUP // 2 if block.is_int4 else GROUP
+    per_chunk, per_line, size = (
+        _per_chunk(block.is_int4),
+        2 if block.is_int4 else 1,
+        GROUP // 2 if block.is_int4 else GROUP,
+    )
     steps, pitch, row_bytes = LINE * count, _pitch(count), size * block.groups
     for start in range(0, block.groups, per_chunk):
         stop = min(start + per_chunk, block.groups)

@@ -1,10 +1,11 @@
-"""Products of one token, or a few, with int8 and int4 weights by dot products of bytes, in vectors of 512 bits.
+"""Products of one token, or a few, with int8 and int4 weights in vector registers.
 
 Tokens become integers of three digits, which is as exact as float32 arithmetic (`npllama.kernels.byte_tokens`). A
 **line** of weights, 64 bytes, is a group of int8 or two groups of int4, unpacked to low and high halves. With each
 digit of a token it takes an instruction or two, 64 or 128 multiplications whose sums are exact (Intel VNNI); a float32
 multiplication by ``scale · step`` then adds the line to the row's sum. Nothing is widened to float32, which is what
-lets a core keep up with its memory.
+lets a core keep up with its memory. Only where registers are narrow, and lack that instruction, both become float32
+(`npllama.kernels.simd_bytes`).
 
 The instruction wants one operand unsigned. int8 weights are so, taken 128 larger than they are, for the highest digit;
 for the others the digits are. int4 is stored unsigned. What belongs to no single weight is known before any is: the
@@ -34,6 +35,7 @@ from npllama.kernels.by_address import address_of
 from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_bytes import inner_bytes, inner_nibbles
 from npllama.kernels.simd_quantised import load_first_bfloat16, load_floats, load_half
@@ -52,10 +54,10 @@ _CHUNK = 1 << 14
 #: How many bytes before its turn a line is fetched where a row is one chunk: four pages.
 _EARLY = 1 << 14
 #: Rows of a band.
-_BAND = 2
+_BAND = 2 if WIDE else 1
 #: Numbers of tokens that rows are multiplied with, see `npllama.kernels.vector_rows.tokens_of`; sums of a band then.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
-_SUMS_OF_ONE, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = 2, 8, 16
+_SUMS_OF_ONE, _SUMS_OF_FOUR, _SUMS_OF_EIGHT = _BAND, 4 * _BAND, 8 * _BAND
 
 
 class Rows(NamedTuple):

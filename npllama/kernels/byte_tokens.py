@@ -8,11 +8,14 @@ the base 256, which lose nothing that sums of float32 products would keep (`npll
 Weights come in lines of 64 bytes: a group of int8, or two groups of int4. What a token is to a line lies together: its
 digits, the highest first, and what the sums of the line's products begin with (`npllama.kernels.byte_rows` says why).
 Up to eight tokens are a **party**; those of a party follow one another, line by line.
+
+A processor with narrow registers lacks the instruction that makes this fast (`npllama.kernels.llvm.WIDE`). There the
+tokens stay float32, and the step is 1. Those that meet int4 lie in the order in which words of eight come apart.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +23,7 @@ from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
 from npllama.kernels.digits import integers_of
 from npllama.kernels.jit import compiled
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.simd_quantised import shift_right, store_low_bytes, subtract
 from npllama.kernels.vector_rows import tokens_of
 
@@ -28,8 +32,8 @@ PARTY = 8
 
 _LANES = 16
 _LINE = 64
-#: Digits of an integer.
-_DIGITS = 3
+#: Digits of an integer, and int4 in a word of 32 bits.
+_DIGITS, NIBBLES = 3, 8
 #: By how much int8 and int4 are taken larger than they are, in each byte of an int32.
 _INT8_OFFSET, _INT4_OFFSET = 0x80808080 - (1 << 32), 0x08080808
 
@@ -57,7 +61,9 @@ class Tokens(NamedTuple):
 @compiled(inline=True)
 def line_bytes(is_int4: bool) -> int:
     """Return the bytes of what a token is to a line of weights."""
-    return _LINE * ((2 if is_int4 else 1) * _DIGITS + 1)
+    if WIDE:
+        return _LINE * ((2 if is_int4 else 1) * _DIGITS + 1)
+    return _LINE * (NIBBLES + 1 if is_int4 else 4)
 
 
 @compiled(inline=True)
@@ -96,7 +102,7 @@ def party_at(address: int, groups: int, is_int4: bool, first: int, n_new: int) -
 
 @compiled()
 def take_apart(x: Array, is_int4: bool, room: Array) -> None:
-    """Write tokens x (T, N) as integers to their room, as many int8 as `tokens_bytes` says, aligned to cache lines."""
+    """Write what tokens x (T, N) are to lines to a room of as many int8 as `tokens_bytes` says, aligned to lines."""
     n_new, groups = x.shape[0], (x.shape[1] + GROUP - 1) // GROUP
     group, integers = np.zeros(GROUP, np.float32), np.zeros(GROUP, np.int32)
     size = line_bytes(is_int4)
@@ -110,15 +116,42 @@ def take_apart(x: Array, is_int4: bool, room: Array) -> None:
             for j in range(width):
                 group[j] = x[t, GROUP * g + j]
             group[width:] = 0
-            step, total = integers_of(group, integers)
-            number = (t - first) * party.pitch + 4 * g
-            simd.store_one(party.steps, number, step)
-            simd.store_one(party.sums, number, np.float32(total) * step)
-            line = count_lines(g + 1, is_int4) - 1
+            number, line = (t - first) * party.pitch + 4 * g, count_lines(g + 1, is_int4) - 1
             address = party.lines + (line * count + t - first) * size
-            _write_digits(integers, g % 2 if is_int4 else 0, is_int4, address)
-            if g % 2 == 1 or g + 1 == groups or not is_int4:
-                _write_begin(is_int4, address)
+            if WIDE:
+                step, total = integers_of(group, integers)
+                simd.store_one(party.steps, number, step)
+                simd.store_one(party.sums, number, np.float32(total) * step)
+                _write_digits(integers, g % 2 if is_int4 else 0, is_int4, address)
+                if g % 2 == 1 or g + 1 == groups or not is_int4:
+                    _write_begin(is_int4, address)
+            else:
+                simd.store_one(party.steps, number, np.float32(1))
+                simd.store_one(party.sums, number, _write_numbers(group, g % 2 if is_int4 else 0, is_int4, address))
+
+
+@compiled(inline=True)
+def _write_numbers(group: Array, half: int, is_int4: bool, address: int) -> Any:
+    """Write 64 numbers as they are, for int4 to one half of each line; return their sum.
+
+    A word of eight int4 comes apart by masks: what stands at place k counts 16**k as much, and its number so much less.
+    The highest is shifted down. Behind them stands -8 times the sum of a word's numbers, since int4 is taken around 0.
+    """
+    total = np.float32(0)
+    if not is_int4:
+        for j in range(GROUP):
+            simd.store_one(address, 4 * j, group[j])
+        return total
+    for word in range(NIBBLES):
+        place, of_word = half * _LINE // 2 + 4 * word, np.float32(0)
+        for k in range(NIBBLES):
+            number = group[4 * word + k // 2 + GROUP // 2 * (k % 2)]
+            of_word += number
+            weight = np.float32(1) if k == NIBBLES - 1 else np.float32(0.0625) ** k
+            simd.store_one(address, _LINE * k + place, number * weight)
+        simd.store_one(address, _LINE * NIBBLES + place, np.float32(-8) * of_word)
+        total += of_word
+    return total
 
 
 @compiled(inline=True)

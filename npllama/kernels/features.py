@@ -12,14 +12,18 @@ from collections.abc import Collection
 from functools import cache
 
 import llvmlite.binding as llvm
+import numba
 
 from npllama.errors import ParameterError, UnsupportedError
 
+_AVX2 = frozenset({"avx2", "fma"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512vnni"}
 #: Path -> the processor features that it needs, under LLVM's names; the best one first.
 PATHS: dict[str, frozenset[str]] = {
-    "amx": frozenset({"amx-tile", "amx-bf16", "amx-int8", "avx512f", "avx512bw", "avx512vnni", "avx512bf16"}),
-    "avx512bf16": frozenset({"avx512f", "avx512bw", "avx512vnni", "avx512bf16"}),
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512vnni"}),
+    "amx": _AVX512 | {"avx512bf16", "amx-tile", "amx-bf16", "amx-int8"},
+    "avx512bf16": _AVX512 | {"avx512bf16"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
     "portable": frozenset(),
 }
 
@@ -32,10 +36,14 @@ _XFEATURE_XTILEDATA = 18
 def host_features() -> frozenset[str]:
     """Features of this processor that this process may use, under LLVM's names.
 
-    The matrix unit's tiles are large, so Linux hands them out on request only; this is the request. See
-    https://docs.kernel.org/arch/x86/xstate.html.
+    Where Numba is told what to compile for (``NUMBA_CPU_FEATURES``), it is those. The matrix unit's tiles are large, so
+    Linux hands them out on request only; this is the request. See https://docs.kernel.org/arch/x86/xstate.html.
     """
-    features = frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    told: str | None = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if told is None:
+        features = frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    else:
+        features = frozenset(name[1:] for name in told.split(",") if name.startswith("+"))
     if "amx-tile" in features and not _may_use_tiles():
         return frozenset(name for name in features if not name.startswith("amx"))
     return features
@@ -64,7 +72,7 @@ def choose(features: Collection[str], forced: str | None = None) -> str:
     ParameterError
         There is no such path.
     UnsupportedError
-        The processor lacks a feature that the forced path needs.
+        The processor lacks a feature that the forced path needs, or its registers are wider.
     """
     if forced is None:
         return next(path for path, needs in PATHS.items() if needs.issubset(features))
@@ -76,10 +84,15 @@ def choose(features: Collection[str], forced: str | None = None) -> str:
             f"the kernels {forced!r} need {', '.join(sorted(missing))}, which this processor does not offer",
             remedy="Choose 'portable', or none.",
         )
+    if forced == "avx2" and PATHS["avx512"].issubset(features):
+        raise UnsupportedError(
+            "the kernels 'avx2' are for registers of 256 bits, and this processor's have 512",
+            remedy="Choose 'avx512', 'portable', or none.",
+        )
     return forced
 
 
 def ladder(path: str) -> tuple[str, ...]:
-    """Return a path and those below it, the best one first."""
+    """Return a path and those below it, the best one first. What is for AVX2 runs in wider registers, too."""
     paths = tuple(PATHS)
     return paths[paths.index(path) :]

@@ -33,7 +33,8 @@ def cache_folder() -> Path | None:
     that a kernel only calls into, and a home folder may be shared between machines.
     """
     digest = hashlib.sha256()
-    for part in (numba.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()):
+    told = _config.CPU_NAME, _config.CPU_FEATURES
+    for part in (numba.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), repr(told)):
         digest.update(part.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -12,10 +13,16 @@ from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import register_model
 
+from npllama.kernels.features import PATHS, host_features
+
 #: Numba's own type would give each function the signature of its definition, the compiler's context first.
 intrinsic: Callable[..., Callable[..., Any]] = numba_intrinsic
 
 _declared: Any = get_or_insert_function
+
+#: Whether the processor has 32 vector registers of 64 bytes. If not, a vector is two of 16 registers of 32 bytes, and a
+#: quarter as many find room: what that means for a kernel, it says itself.
+WIDE = PATHS["avx512"] <= host_features()
 
 _BYTES = 64
 
@@ -174,3 +181,62 @@ def loaded(context: Any, builder: Any, signature: Any, arguments: Any, kind: Any
     """Load an LLVM vector from the array and index that are the first two arguments."""
     pointer = address(context, builder, signature.args[0], *arguments[:2])
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
+
+
+def dots_of_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """Return int32 lanes plus four products each, of uint8 and int8. VPDPBUSD, or VPMADDUBSW and VPMADDWD.
+
+    The latter sum pairs of products in 16 bits first. They fit if the unsigned numbers have no more than seven; so the
+    eighth is multiplied by itself.
+    """
+    if WIDE:
+        operands = (builder.bitcast(factor, BYTE_VECTOR) for factor in (unsigned, signed))
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, *operands)
+    numbers = builder.bitcast(unsigned, BYTE_VECTOR)
+    for mask in (127, 128):
+        part = builder.and_(numbers, ir.Constant(BYTE_VECTOR, [mask] * 64))
+        total = builder.add(total, _pairs_added(builder, products_of_bytes(builder, part, signed)))
+    return total
+
+
+def dots_of_nibbles(builder: Any, total: Any, unsigned: Sequence[Any], signed: Sequence[Any]) -> Any:
+    """Do `dots_of_bytes` to up to eight vectors, where unsigned numbers are below 16."""
+    if WIDE:
+        for factors in zip(unsigned, signed, strict=True):
+            total = dots_of_bytes(builder, total, *factors)
+        return total
+    pairs = [products_of_bytes(builder, *factors) for factors in zip(unsigned, signed, strict=True)]
+    return builder.add(total, _pairs_added(builder, reduce(builder.add, pairs)))
+
+
+def products_of_bytes(builder: Any, unsigned: Any, signed: Any) -> Any:
+    """Return 32 int16, each the sum of two products of uint8 and int8, which must fit. VPMADDUBSW."""
+    name = "llvm.x86.avx512.pmaddubs.w.512" if WIDE else "llvm.x86.avx2.pmadd.ub.sw"
+    return _in_registers(builder, name, SHORT_VECTOR, [(unsigned, BYTE_VECTOR), (signed, BYTE_VECTOR)])
+
+
+def products_of_shorts(builder: Any, a: Any, b: Any) -> Any:
+    """Return sixteen int32, each the sum of two products of int16. VPMADDWD."""
+    name = "llvm.x86.avx512.pmaddw.d.512" if WIDE else "llvm.x86.avx2.pmadd.wd"
+    return _in_registers(builder, name, INT_VECTOR, [(a, SHORT_VECTOR), (b, SHORT_VECTOR)])
+
+
+def _pairs_added(builder: Any, shorts: Any) -> Any:
+    return products_of_shorts(builder, shorts, ir.Constant(SHORT_VECTOR, [1] * 32))
+
+
+def _in_registers(builder: Any, name: str, result: Any, operands: Sequence[tuple[Any, Any]]) -> Any:
+    """Call what an instruction is named, for a whole vector or, with narrow registers, for either half."""
+    vectors = [builder.bitcast(vector, kind) for vector, kind in operands]
+    if WIDE:
+        return call(builder, name, result, *vectors)
+    halves = []
+    for half in (0, 1):
+        parts = []
+        for vector in vectors:
+            count = vector.type.count // 2
+            lanes = ir.Constant(ir.VectorType(WORD, count), [*range(half * count, (half + 1) * count)])
+            parts.append(builder.shuffle_vector(vector, vector, lanes))
+        halves.append(call(builder, name, ir.VectorType(result.element, result.count // 2), *parts))
+    both = ir.Constant(ir.VectorType(WORD, result.count), [*range(result.count)])
+    return builder.shuffle_vector(*halves, both)

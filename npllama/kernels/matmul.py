@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import zip_longest
 from typing import TypeAlias
@@ -17,19 +17,16 @@ from npllama.kernels.rounded import ROUNDINGS
 
 #: ``product(x, weights, outputs)``: fill each output (T, M) with x (T, N) · weight (M, N)ᵀ, all of one storage type.
 Product: TypeAlias = Callable[[Array, Sequence[Tensor], Sequence[Array]], None]
-#: ``gated(x, gate, up, output, activation)``: the same, of two weights (M, N) of one storage type and more than
-#: `vectors.FEW` tokens, with ``activation(x · gateᵀ) * (x · upᵀ)``; the activation by its number.
-Gated: TypeAlias = Callable[[Array, Tensor, Tensor, Array, int], None]
 
 _QUANTISED: dict[str, Product] = {
     "amx": amx.multiply_quantised,
-    "avx512": vectors.multiply,
+    "avx2": vectors.EXACT,
     "portable": quantised.multiply,
 }
 #: Storage type of the weights -> path of `npllama.kernels.features` -> product.
 PRODUCTS: dict[str, dict[str, Product]] = {
-    "float32": {"avx512": vectors.multiply, "portable": portable.multiply},
-    "bfloat16": {"amx": amx.multiply_bfloat16, "avx512": vectors.multiply, "portable": portable.multiply},
+    "float32": {"avx2": vectors.EXACT, "portable": portable.multiply},
+    "bfloat16": {"amx": amx.multiply_bfloat16, "avx2": vectors.EXACT, "portable": portable.multiply},
     "int8": _QUANTISED,
     "int4": _QUANTISED,
 }
@@ -37,17 +34,11 @@ PRODUCTS: dict[str, dict[str, Product]] = {
 ROUNDED: dict[str, dict[str, dict[str, Product]]] = {
     "bfloat16": {
         "amx": dict.fromkeys(("bfloat16", "int8", "int4"), amx.multiply_rounded),
-        "avx512bf16": dict.fromkeys(("bfloat16", "int8", "int4"), vectors.multiply_rounded),
+        "avx512bf16": dict.fromkeys(("bfloat16", "int8", "int4"), vectors.ROUNDED),
     },
     "int8": {
-        "avx512": dict.fromkeys(("int8", "int4"), vectors.multiply_bytes),
+        "avx2": dict.fromkeys(("int8", "int4"), vectors.IN_BYTES),
     },
-}
-#: Product -> what does the same with two matrices, one of whose products gates the other's.
-GATED: dict[Product, Gated] = {
-    vectors.multiply: vectors.multiply_gated,
-    vectors.multiply_rounded: vectors.multiply_gated_rounded,
-    vectors.multiply_bytes: vectors.multiply_gated_bytes,
 }
 
 
@@ -104,16 +95,16 @@ class Products:
             What `linears` and `glu` give one after the other, to the bit. None where it is no single operation: it is
             for many tokens in vector registers, without biases.
         """
-        product = GATED.get(self.by_dtype[gate.dtype])
+        product = self.by_dtype[gate.dtype]
         if (
-            product is None
+            not isinstance(product, vectors.Vectors)
             or len(x) <= vectors.FEW
             or gate.dtype != up.dtype
             or any(bias is not None for bias in biases)
         ):
             return None
         act = aligned(len(x) * gate.shape[0], x).reshape(len(x), gate.shape[0])
-        product(x, gate, up, act, KINDS[activation])
+        product.gated(x, gate, up, act, KINDS[activation])
         return act
 
 
@@ -146,6 +137,8 @@ def products(forced: str | None = None, activations: str = "float32") -> Product
 def _rounding(product: Product, activations: str) -> Product:
     """Return a product that rounds its input first."""
     round_input = ROUNDINGS[activations]
+    if isinstance(product, vectors.Vectors):
+        return replace(product, enter=round_input)
     return lambda x, weights, outputs: product(round_input(x), weights, outputs)
 
 

@@ -19,8 +19,17 @@ from numpy.typing import NDArray
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.simd import add, add_lanes, broadcast, fused_multiply_add
-from npllama.kernels.simd_sums import first_sums, no_sums, outer_bytes, outer_pairs, store_sums
+from npllama.kernels.simd_sums import (
+    first_sums,
+    no_sums,
+    outer_bytes,
+    outer_nibbles,
+    outer_pairs,
+    outer_words,
+    store_sums,
+)
 from npllama.kernels.tiles import tile_shapes
 
 _Clock: TypeAlias = Callable[[], float]
@@ -32,7 +41,10 @@ _AHEAD = 4096  # numbers, four pages
 _TILE_ROUNDS = 1 << 17  # some milliseconds, too
 _PRODUCTS = 4
 _TILE_ROWS, _TILE_BYTES = 16, 64
-_LINE_BYTES, _SUMS_OF_WORDS = 64, 16
+_LINE_BYTES, _LINES = 64, 8
+_SUMS_OF_WORDS = 16 if WIDE else 4
+#: What words of vectors hold -> how they are multiplied (`_outer_products`), and how many products that adds to a lane.
+_WORDS: dict[str, tuple[int, int]] = {"uint16": (0, 2), "int16": (1, 2), "int8": (2, 4), "int4": (3, 4 * _LINES)}
 #: What a tile holds numbers of -> what it sums in.
 _SUMS: dict[str, type] = {"uint16": np.float32, "int8": np.int32}
 
@@ -79,16 +91,16 @@ def word_rate(numbers: str, clock: _Clock = time.perf_counter) -> float:
 
     Parameters
     ----------
-    numbers : {"uint16", "int8"}
-        What words hold: two bfloat16 bit patterns, or four bytes.
+    numbers : {"uint16", "int16", "int8", "int4"}
+        What words hold: two bfloat16 bit patterns, two int16, four bytes, or four bytes that are below 16.
     clock : callable
         Returns seconds.
     """
-    line, in_a_word = np.zeros(_LINE_BYTES, np.uint8), 2 if numbers == "uint16" else 4
+    lines, (kind, products) = np.zeros(_LINES * _LINE_BYTES, np.uint8), _WORDS[numbers]
     sums: Array = np.empty((numba.get_num_threads(), _SUMS_OF_WORDS, _LANES), np.float32)
     begin = clock()
-    _outer_products(line, _ROUNDS, in_a_word // 2, sums)
-    return 2 * sums.size * in_a_word * _ROUNDS / (clock() - begin)
+    _outer_products(lines, _ROUNDS, kind, sums)
+    return 2 * sums.size * products * _ROUNDS / (clock() - begin)
 
 
 def product_rate(
@@ -147,6 +159,10 @@ _UNITS: dict[tuple[str, str], dict[str, Arithmetic]] = {
     ),
     ("avx512bf16", "bfloat16"): dict.fromkeys(("bfloat16", "int8", "int4"), _PAIRS),
     **{(path, "int8"): _FOURS for path in ("amx", "avx512bf16", "avx512")},
+    ("avx2", "int8"): {
+        "int8": Arithmetic("vector registers, pairs of int16", partial(word_rate, "int16")),
+        "int4": Arithmetic("vector registers, sums of 16 bits", partial(word_rate, "int4")),
+    },
 }
 
 
@@ -266,29 +282,37 @@ def _add_dots_of_bytes(rounds: int) -> None:
 
 
 @compiled(parallel=True)
-def _outer_products(line: Array, rounds: int, kind: int, sums: Array) -> None:
-    """Fill sums (threads, 16, 16) with so many products of a line with each of its own words, added up.
+def _outer_products(lines: Array, rounds: int, kind: int, sums: Array) -> None:
+    """Fill sums (threads, n, 16) with so many products of a line with words of it, or of eight with theirs, added up.
 
-    A line is 64 bytes; kind 1 multiplies pairs of bfloat16, kind 2 bytes. See `npllama.kernels.vector_blocks`.
+    A line is 64 bytes; the kind is one of `_WORDS`. See `npllama.kernels.vector_blocks`.
     """
     for i in prange(sums.shape[0]):
-        if kind == 1:
-            _add_pairs(np.int64(line.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
+        if kind == 0:
+            _add_products(0, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
+        elif kind == 1:
+            _add_products(1, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
+        elif kind == 2:
+            _add_products(2, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
         else:
-            _add_bytes(np.int64(line.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
+            _add_products(3, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
 
 
-@compiled()
-def _add_pairs(line: int, rounds: int, sums: int) -> None:
-    tile = no_sums(_SUMS_OF_WORDS)
-    for _ in range(rounds):
-        tile = outer_pairs(tile, line, line)
-    store_sums(sums, tile)
-
-
-@compiled()
-def _add_bytes(line: int, rounds: int, sums: int) -> None:
-    tile = first_sums(line, _SUMS_OF_WORDS)
-    for _ in range(rounds):
-        tile = outer_bytes(tile, line, line)
-    store_sums(sums, tile)
+@compiled(inline=True)
+def _add_products(kind: int, lines: int, rounds: int, sums: int) -> None:
+    """Write the sums of a literal kind; those of integers begin with words of the line."""
+    if kind == 0:
+        pairs = no_sums(_SUMS_OF_WORDS)
+        for _ in range(rounds):
+            pairs = outer_pairs(pairs, lines, lines)
+        store_sums(sums, pairs)
+    else:
+        tile = first_sums(lines, _SUMS_OF_WORDS)
+        for _ in range(rounds):
+            if kind == 1:
+                tile = outer_words(tile, lines, lines)
+            elif kind == 2:
+                tile = outer_bytes(tile, lines, lines)
+            else:
+                tile = outer_nibbles(tile, lines, lines)
+        store_sums(sums, tile)

@@ -1,4 +1,4 @@
-"""Single processor instructions, as functions for use inside kernels: vectors of 512 bits, and matrix tiles.
+"""Single processor instructions, as functions for use inside kernels: vectors of 64 bytes, and matrix tiles.
 
 Each function is one instruction (or one idiom that the compiler turns into one or two); the name in capitals in its
 comment is Intel's. They are chosen by `npllama.kernels.features`: a kernel that calls one which the processor lacks
@@ -9,7 +9,8 @@ array.
 Vectors
 -------
 A vector is 64 bytes of one dtype: sixteen float32 or int32, or 64 bytes. It lives in a variable of a kernel, never in
-an array, and never outside of compiled code.
+an array, and never outside of compiled code. With AVX-512, for which instructions are named here, it is one register;
+with AVX2 it is two, and an instruction becomes two or a few (`npllama.kernels.llvm`).
 
 Tiles
 -----
@@ -31,7 +32,6 @@ from npllama.kernels.features import host_features
 from npllama.kernels.llvm import (
     BFLOAT_VECTOR,
     BYTE,
-    BYTE_VECTOR,
     FLOAT_VECTOR,
     FLOATS,
     INT_VECTOR,
@@ -42,6 +42,7 @@ from npllama.kernels.llvm import (
     Vector,
     address,
     call,
+    dots_of_bytes,
     intrinsic,
     lanes_added,
     loaded,
@@ -349,9 +350,7 @@ def dot_bytes(context: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     """``dot_bytes(total, unsigned, signed)``: add to each int32 lane four products of uint8 and int8. VPDPBUSD."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total, *factors = arguments
-        operands = (builder.bitcast(factor, BYTE_VECTOR) for factor in factors)
-        return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, *operands)
+        return dots_of_bytes(builder, *arguments)
 
     return INTS(INTS, unsigned, signed), code
 

@@ -14,11 +14,14 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.llvm import BYTE_VECTOR, FLOAT_VECTOR, INT_VECTOR, call, intrinsic
+from npllama.kernels.byte_tokens import NIBBLES
+from npllama.kernels.llvm import BYTE, BYTE_VECTOR, FLOAT_VECTOR, INT_VECTOR, WIDE, call, dots_of_bytes, intrinsic
 from npllama.kernels.simd_sums import apart, load, load_splat
 
 _LINE = 64
 _DIGITS = 3
+#: Lines that a token is to one of int8 and of int4, see `npllama.kernels.byte_tokens.line_bytes`.
+_LINES, _LINES_OF_INT4 = (_DIGITS + 1, 2 * _DIGITS + 1) if WIDE else (4, 9)
 
 #: Sums that are worked on at a time: a processor begins with one while it waits for others.
 _AT_ONCE = 4
@@ -26,10 +29,7 @@ _AT_ONCE = 4
 
 def _dots(builder: Any, totals: list[Any], unsigned: list[Any], signed: list[Any]) -> list[Any]:
     """Add four products of bytes to each int32 lane of some vectors. VPDPBUSD."""
-    return [
-        call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, *each)
-        for each in zip(totals, unsigned, signed, strict=True)
-    ]
+    return [dots_of_bytes(builder, *each) for each in zip(totals, unsigned, signed, strict=True)]
 
 
 def _at_next_place(builder: Any, totals: list[Any]) -> list[Any]:
@@ -39,6 +39,33 @@ def _at_next_place(builder: Any, totals: list[Any]) -> list[Any]:
 
 def _all(number: float, vector: Any) -> Any:
     return ir.Constant(vector, [number] * vector.count)
+
+
+def _int8_at(builder: Any, place: Any, number: int) -> Any:
+    """Return sixteen int8 of a line, the first, the second, ..., as float32. VPMOVSXBD, VCVTDQ2PS."""
+    numbers = load(builder, place, 16 * number, ir.VectorType(BYTE, 16))
+    return builder.sitofp(builder.sext(numbers, INT_VECTOR), FLOAT_VECTOR)
+
+
+def _int4_at(builder: Any, place: Any, number: int) -> Any:
+    """Return an int4 of each word of a line, from the lowest on, as float32: number k but the last times 16**k."""
+    words = load(builder, place, 0, INT_VECTOR)
+    if number == NIBBLES - 1:
+        return builder.sitofp(builder.lshr(words, _all(4 * number, INT_VECTOR)), FLOAT_VECTOR)
+    return builder.sitofp(builder.and_(words, _all(15 << 4 * number, INT_VECTOR)), FLOAT_VECTOR)
+
+
+def _products_of_floats(
+    builder: Any, totals: list[Any], places: list[Any], vector_at: Callable[..., Any], numbers: list[list[Any]]
+) -> list[Any]:
+    """Add to float32 vectors the products of lines, as vectors of weights, and tokens. VFMADD231PS."""
+    for k, parts in enumerate(numbers):
+        weights = {place: vector_at(builder, place, k) for place in dict.fromkeys(places)}
+        totals = [
+            call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, weights[place], builder.bitcast(part, FLOAT_VECTOR), total)
+            for place, part, total in zip(places, parts, totals, strict=True)
+        ]
+    return totals
 
 
 def _added(
@@ -51,10 +78,13 @@ def _added(
     n_lines: int,
     factor: Callable[[Any], Any],
 ) -> Any:
-    """Return sums with what ``products`` makes of lines of weights, and of ``n_lines`` of a token, times factors."""
+    """Return sums with what ``products`` makes of lines of weights, at addresses, and of ``n_lines`` of a token.
+
+    That is multiplied by factors.
+    """
     tile, _, weights, row_bytes, x, factors, pitch = arguments
     n_tokens = kind.count // n_rows
-    lines = [load(builder, apart(builder, weights, row_bytes, row), 0, BYTE_VECTOR) for row in range(n_rows)]
+    places = [apart(builder, weights, row_bytes, row) for row in range(n_rows)]
     sums = [builder.extract_value(tile, i) for i in range(kind.count)]
     together = max(1, _AT_ONCE // n_rows)
     for first in range(0, n_tokens, together):
@@ -64,7 +94,7 @@ def _added(
             for i in range(n_lines)
         ]
         cells = [row * n_tokens + token for token in tokens for row in range(n_rows)]
-        for i, product in zip(cells, products(lines * len(tokens), parts), strict=True):
+        for i, product in zip(cells, products(places * len(tokens), parts), strict=True):
             number = factor(apart(builder, factors, pitch, i))
             sums[i] = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, product, number, sums[i])
     return context.make_tuple(builder, kind, sums)
@@ -78,11 +108,16 @@ def inner_bytes(
 
     The weights are taken 128 larger for the highest digit, as uint8; the others are uint8 themselves. Four products of
     8 and 16 bits fit into 32 bits, of 8 and 24 they do not: the lowest of three digits has sums of its own.
-    VPXORD, VPDPBUSD, VPSLLD, VCVTDQ2PS, VFMADD231PS.
+    VPXORD, VPDPBUSD, VPSLLD, VCVTDQ2PS, VFMADD231PS. With narrow registers, weights become float32, like their tokens'
+    numbers: VPMOVSXBD, VCVTDQ2PS, VFMADD231PS.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def products(weights: list[Any], token: list[list[Any]]) -> list[Any]:
+        def products(places: list[Any], token: list[list[Any]]) -> list[Any]:
+            if not WIDE:
+                totals = [_all(0.0, FLOAT_VECTOR)] * len(places)
+                return _products_of_floats(builder, totals, places, _int8_at, token)
+            weights = [load(builder, place, 0, BYTE_VECTOR) for place in places]
             raised = [builder.xor(line, _all(128, BYTE_VECTOR)) for line in weights]
             nothing = [_all(0, INT_VECTOR)] * len(weights)
             high, middle, low, begins = token
@@ -100,7 +135,7 @@ def inner_bytes(
         def factor(place: Any) -> Any:
             return load_splat(builder, place, 0, ir.FloatType())
 
-        return _added(context, builder, sums, rows.literal_value, arguments, products, _DIGITS + 1, factor)
+        return _added(context, builder, sums, rows.literal_value, arguments, products, _LINES, factor)
 
     return sums(sums, rows, *[types.int64] * 5), code
 
@@ -117,15 +152,20 @@ def inner_nibbles(
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def products(weights: list[Any], token: list[list[Any]]) -> list[Any]:
+        def products(places: list[Any], token: list[list[Any]]) -> list[Any]:
+            if not WIDE:
+                *numbers, begins = token
+                totals = [builder.bitcast(begin, FLOAT_VECTOR) for begin in begins]
+                return _products_of_floats(builder, totals, places, _int4_at, numbers)
+            weights = [load(builder, place, 0, BYTE_VECTOR) for place in places]
             low = [builder.and_(line, _all(15, BYTE_VECTOR)) for line in weights]
             high = [builder.lshr(line, _all(4, BYTE_VECTOR)) for line in weights]
             totals = [_all(0, INT_VECTOR)] * len(weights)
             for digit in range(_DIGITS):
                 totals = _at_next_place(builder, totals) if digit > 0 else totals
                 if digit == _DIGITS - 1:
-                    begins = (builder.bitcast(begin, INT_VECTOR) for begin in token[-1])
-                    totals = [builder.add(*each) for each in zip(totals, begins, strict=True)]
+                    first = (builder.bitcast(begin, INT_VECTOR) for begin in token[-1])
+                    totals = [builder.add(*each) for each in zip(totals, first, strict=True)]
                 totals = _dots(builder, totals, low, token[2 * digit])
                 totals = _dots(builder, totals, high, token[2 * digit + 1])
             return [builder.sitofp(total, FLOAT_VECTOR) for total in totals]
@@ -134,6 +174,6 @@ def inner_nibbles(
             both = load(builder, place, 0, ir.VectorType(ir.FloatType(), 2))
             return builder.shuffle_vector(both, both, ir.Constant(INT_VECTOR, [0] * 8 + [1] * 8))
 
-        return _added(context, builder, sums, rows.literal_value, arguments, products, 2 * _DIGITS + 1, factor)
+        return _added(context, builder, sums, rows.literal_value, arguments, products, _LINES_OF_INT4, factor)
 
     return sums(sums, rows, *[types.int64] * 5), code

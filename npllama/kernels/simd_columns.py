@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.llvm import BYTE_VECTOR, INT_VECTOR, INTS, WORD, call, intrinsic, splat, turned
+from npllama.kernels.llvm import BYTE_VECTOR, INT_VECTOR, INTS, WORD, call, dots_of_bytes, intrinsic, splat, turned
 from npllama.kernels.simd_sums import apart, load, load_splat
 
 _tuple: Any = types.UniTuple
@@ -85,9 +85,9 @@ class _Sums:
         """Add the products of a column, unsigned, and a word of each token, signed. VPDPBUSD."""
         totals = self._turns.pop(0)
         for t, total in enumerate(totals):
-            factors = column, load_splat(self._builder, x, _WORDS * t + word, WORD)
-            operands = (self._builder.bitcast(factor, BYTE_VECTOR) for factor in factors)
-            totals[t] = call(self._builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, *operands)
+            totals[t] = dots_of_bytes(
+                self._builder, total, column, load_splat(self._builder, x, _WORDS * t + word, WORD)
+            )
         self._turns.append(totals)
 
     def tile(self, context: Any) -> Any:

@@ -1,7 +1,7 @@
 """Many sums in vector registers at once, and the instructions that add products to all of them.
 
 Sums are a tuple of vectors (see `npllama.kernels.simd`), as many as a literal says. A compiler keeps them in registers
-as long as the processor has enough, 32 of 512 bits; that is what lets a number that was loaded once be multiplied
+as long as the processor has enough, 32 of 512 bits or 16 of 256; that is what lets a number that was loaded once be multiplied
 several times. Places in memory are addresses (int64). Nothing is checked.
 
 Of sixteen outputs of one token after another a **column** is a vector: its lanes are rows of a matrix, and each number
@@ -28,8 +28,11 @@ from npllama.kernels.llvm import (
     LONG,
     WORD,
     call,
+    dots_of_bytes,
+    dots_of_nibbles,
     intrinsic,
     lanes_added,
+    products_of_shorts,
     splat,
 )
 
@@ -329,12 +332,33 @@ def _halves(builder: Any, words: Any) -> list[Any]:
 @intrinsic
 def outer_bytes(context: Any, sums: Any, weights: Any, x: Any) -> Any:
     """``outer_bytes(sums, weights, x)``: the same with four uint8 weights and int8 for a number. VPDPBUSD."""
+    return _outer(sums, dots_of_bytes)
 
-    def add(builder: Any, total: Any, weights: Any, four: Any) -> Any:
-        factors = (builder.bitcast(vector, BYTE_VECTOR) for vector in (weights, four))
-        return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, *factors)
 
-    return _outer(sums, add)
+@intrinsic
+def outer_words(context: Any, sums: Any, weights: Any, x: Any) -> Any:
+    """``outer_words(sums, weights, x)``: the same with pairs of int16 for numbers. VPMADDWD, VPADDD."""
+    return _outer(sums, lambda builder, total, *pairs: builder.add(total, products_of_shorts(builder, *pairs)))
+
+
+@intrinsic
+def outer_nibbles(context: Any, sums: Any, weights: Any, x: Any) -> Any:
+    """``outer_nibbles(sums, weights, x)``: do `outer_bytes` to eight lines, with weights of 4 bits.
+
+    VPDPBUSD; or VPMADDUBSW, VPADDW and VPMADDWD: sums of sixteen products fit into 16 bits.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, weights, x = arguments
+        lines = [load(builder, weights, _LINE * i, BYTE_VECTOR) for i in range(8)]
+
+        def change(i: int, total: Any) -> Any:
+            words = [load_splat(builder, x, 16 * line + i, WORD) for line in range(8)]
+            return dots_of_nibbles(builder, total, lines, words)
+
+        return _changed(context, builder, sums, tile, change)
+
+    return sums(sums, *[types.int64] * 2), code
 
 
 # --- inner products: a vector of some rows, a vector of each token ----------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from npllama.kernels.llvm import FLOAT_VECTOR, FLOATS, INT_VECTOR, INTS, WORD, intrinsic
+from npllama.kernels.llvm import FLOAT_VECTOR, FLOATS, INT_VECTOR, INTS, SHORT_VECTOR, WORD, intrinsic
 from npllama.kernels.simd import bfloat16_bits
 
 
@@ -39,6 +39,30 @@ def int8_of(context: Any, words: Any, number: Any) -> Any:
         return builder.sitofp(builder.ashr(upper, _all(24)), FLOAT_VECTOR)
 
     return FLOATS(words, number), code
+
+
+@intrinsic
+def even_bytes(context: Any, words: Any) -> Any:
+    """``even_bytes(words)``: of four int8 the first and the third, as words of two int16. VPSLLW, VPSRAW."""
+    return _bytes_as_shorts(words, is_even=True)
+
+
+@intrinsic
+def odd_bytes(context: Any, words: Any) -> Any:
+    """``odd_bytes(words)``: of four int8 the second and the fourth, as words of two int16. VPSRAW."""
+    return _bytes_as_shorts(words, is_even=False)
+
+
+def _bytes_as_shorts(words: Any, is_even: bool) -> Any:
+    """Return the signature and code of the two above."""
+    eight = ir.Constant(SHORT_VECTOR, [8] * 32)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        shorts = builder.bitcast(arguments[0], SHORT_VECTOR)
+        upper = builder.shl(shorts, eight) if is_even else shorts
+        return builder.bitcast(builder.ashr(upper, eight), INT_VECTOR)
+
+    return INTS(words), code
 
 
 @intrinsic(prefer_literal=True)

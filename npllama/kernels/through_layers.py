@@ -218,7 +218,7 @@ def through_layers(weights: Any, config: Any) -> ThroughLayers | None:
     weights : Weights
     config : ModelConfig
         Known are models with RMSNorm before each step, RoPE, a gated feed-forward layer and no experts, with matrices
-        in bfloat16, int8 and int4, on a processor with vector registers of 512 bits (with a matrix unit, D below 2048).
+        in bfloat16, int8 and int4, on a processor with AVX-512 or AVX2 (with a matrix unit, D below 2048).
     """
     return through_layers_by(choose(host_features()), weights, config)
 

@@ -1,4 +1,4 @@
-"""Products of many tokens in vector registers of 512 bits, for any weights.
+"""Products of many tokens in vector registers, for any weights.
 
 The work is cut into **squares**: 16 rows of a matrix or 16 tokens of the input, by 16 words of 32 bits of each. A
 square of the one meets a square of the other in sixteen vectors of sums, a token each, whose lanes are the rows
@@ -40,6 +40,7 @@ from npllama.kernels.activation import _glu
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, jobs_of
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
 from npllama.kernels.simd_quantised import load_floats
@@ -54,7 +55,9 @@ from npllama.kernels.simd_sums import (
     no_sums,
     outer_bytes,
     outer_floats,
+    outer_nibbles,
     outer_pairs,
+    outer_words,
     stream,
 )
 from npllama.kernels.vector_squares import (
@@ -72,6 +75,7 @@ from npllama.kernels.vector_squares import (
     STEP,
     SUM,
     WEIGHT_LINES,
+    WORDS,
     Task,
     are_integers,
     chunk_groups,
@@ -85,7 +89,9 @@ from npllama.kernels.vector_squares import (
     weight_bytes,
 )
 
-_HALF = 8  # tokens of half a panel
+#: Tokens of a panel whose sums are in registers at a time: where there are sums of one kind, or of two.
+_MOST, _FEWER = (16, 8) if WIDE else (4, 4)
+_NIBBLES = 5  # what is done to BYTES of int4
 _SUMS = SIDE * SIDE  # of a block and a panel
 #: Counters: fields and panels that were taken, panels that are laid out.
 _FIELDS, _PANELS, _PACKED = range(3)
@@ -116,12 +122,12 @@ def multiply(
     ----------
     x : ndarray of shape (T, N), float32
     weights : sequence of Tensor of shape (M, N)
-        All of one storage type: float32 or bfloat16 for FLOATS, int8 or int4 for BYTES and DIGITS, any but float32 for
-        PAIRS. M may differ.
+        All of one storage type: any for FLOATS, any but float32 for PAIRS, int8 or int4 for BYTES and DIGITS, int8 for
+        WORDS. M may differ.
     outputs : sequence of ndarray of shape (T, M), float32
     kind : int
         FLOATS rounds nothing but sums, and DIGITS nothing more than that does; PAIRS rounds the input to bfloat16, and
-        BYTES to int8, see `npllama.rounding`.
+        BYTES and WORDS to int8, see `npllama.rounding`.
     activation : int, optional
         There are two weights of one shape, whose products are ``gate`` and ``up``, and one output, which becomes
         ``activation(gate) * up``. Its number in `npllama.kernels.activation`.
@@ -225,7 +231,7 @@ def _multiply_chunk(
             for row in range(fetched, until):
                 _fetch(task, coming, row)
             weights, place = np.int64(laid.ctypes.data) + i * chunk_bytes, tile + (i * task.panels + panel) * SQUARE
-            if are_integers(task.form):
+            if are_integers(task.form) and task.kind != FLOATS:
                 _add_integers(weights, x, chunk.stop - chunk.start, task.kind, task.form, place)
             else:
                 _add_numbers(weights, x, chunk.stop - chunk.start, task.kind, place)
@@ -251,18 +257,22 @@ def _fetch(task: Task, chunk: Chunk, row: int) -> None:
 
 @compiled()
 def _add_numbers(weights: int, x: int, groups: int, kind: int, sums: int) -> None:
-    """Add some groups' products of a block and a panel to their sums."""
-    tile = no_sums(SIDE)
-    if kind == FLOATS:
-        for _ in range(groups):
-            tile = _add_floats(tile, weights, x)
-            weights += 4 * SQUARE + WEIGHT_LINES
-            x += 4 * SQUARE + INPUT_LINES
-    else:
-        for _ in range(groups):
-            tile = _add_pairs(tile, weights, x)
-            weights += 2 * SQUARE + WEIGHT_LINES
-            x += 2 * SQUARE + INPUT_LINES
+    """Add some groups' products of a block and a panel to their sums, those of so many tokens at a time."""
+    for t in range(0, SIDE, _MOST):
+        if kind == FLOATS:
+            _add_groups(FLOATS, weights, x + 4 * t, groups, sums + LINE * t)
+        else:
+            _add_groups(PAIRS, weights, x + 4 * t, groups, sums + LINE * t)
+
+
+@compiled(inline=True)
+def _add_groups(kind: int, weights: int, x: int, groups: int, sums: int) -> None:
+    """Do it for some tokens and a literal kind."""
+    tile = no_sums(_MOST)
+    for _ in range(groups):
+        tile = _add_words(kind, tile, weights, x)
+        weights += weight_bytes(kind)
+        x += input_bytes(kind)
     add_to_memory(sums, tile)
 
 
@@ -272,42 +282,49 @@ def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums:
     if kind == PAIRS:
         for _ in range(groups):
             scales, steps = weights + 2 * SQUARE, x + 2 * SQUARE
-            add_scaled_to_memory(sums, _add_pairs(no_sums(SIDE), weights, x), load_floats(scales, SCALE))
+            add_scaled_to_memory(sums, _add_words(PAIRS, no_sums(SIDE), weights, x), load_floats(scales, SCALE))
             if has_minima(form):
                 add_outer_to_memory(sums, load_floats(scales, MIDDLE), steps + SUM)
             weights, x = scales + WEIGHT_LINES, steps + INPUT_LINES
-    elif kind == BYTES:
-        _add_half(weights, x, groups, form, sums)
-        _add_half(weights, x + LINE // 2, groups, form, sums + SQUARE // 2)
-    else:
-        _add_half_of_digits(weights, x, groups, form, sums)
-        _add_half_of_digits(weights, x + LINE // 2, groups, form, sums + SQUARE // 2)
+        return
+    for t in range(0, SIDE, _FEWER):
+        if kind == DIGITS:
+            _add_digits(weights, x + 4 * t, groups, form, sums + LINE * t)
+        elif kind == WORDS:
+            _add_stepped(WORDS, weights, x + 4 * t, groups, form, sums + LINE * t)
+        elif has_minima(form):
+            _add_stepped(_NIBBLES, weights, x + 4 * t, groups, form, sums + LINE * t)
+        else:
+            _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
 
 
-@compiled()
-def _add_half(weights: int, x: int, groups: int, form: int, sums: int) -> None:
-    """Do it for bytes and half of a panel: so its sums of a group and those of the groups before are in registers."""
-    totals = no_sums(_HALF)
+@compiled(inline=True)
+def _add_stepped(kind: int, weights: int, x: int, groups: int, form: int, sums: int) -> None:
+    """Do it for what is rounded to int8 and some tokens, whose sums of a group and of those before are in registers.
+
+    The kind is a literal: WORDS, or BYTES of int8 or int4.
+    """
+    totals, size = no_sums(_FEWER), (2 if kind == WORDS else 1) * SQUARE
     for _ in range(groups):
-        steps = x + SQUARE
-        tile = _add_bytes(first_sums(steps + BEGIN, _HALF), weights, x)
-        totals = add_stepped(totals, tile, load_floats(weights, SQUARE + SCALE), steps + STEP)
+        steps = x + size
+        tile = _add_words(kind, first_sums(steps + BEGIN, _FEWER), weights, x)
+        totals = add_stepped(totals, tile, load_floats(weights, size + SCALE), steps + STEP)
         if has_minima(form):
-            totals = outer_floats(totals, weights + SQUARE + MIDDLE, steps + SUM)
-        weights += SQUARE + WEIGHT_LINES
-        x += input_bytes(BYTES)
+            totals = outer_floats(totals, weights + size + MIDDLE, steps + SUM)
+        weights += size + WEIGHT_LINES
+        x += size + INPUT_LINES
     add_to_memory(sums, totals)
 
 
 @compiled()
-def _add_half_of_digits(weights: int, x: int, groups: int, form: int, sums: int) -> None:
+def _add_digits(weights: int, x: int, groups: int, form: int, sums: int) -> None:
     """Do it for three digits: the two lower ones have a sum in common, which 32 bits hold."""
-    totals = no_sums(_HALF)
+    totals = no_sums(_FEWER)
     for _ in range(groups):
         steps = x + 3 * SQUARE
-        lower = _add_bytes(first_sums(steps + BEGIN + LINE, _HALF), weights, x + SQUARE)
-        lower = _add_bytes(at_next_place(lower, steps + BEGIN + 2 * LINE), weights, x + 2 * SQUARE)
-        high = _add_bytes(first_sums(steps + BEGIN, _HALF), weights, x)
+        lower = _add_words(BYTES, first_sums(steps + BEGIN + LINE, _FEWER), weights, x + SQUARE)
+        lower = _add_words(BYTES, at_next_place(lower, steps + BEGIN + 2 * LINE), weights, x + 2 * SQUARE)
+        high = _add_words(BYTES, first_sums(steps + BEGIN, _FEWER), weights, x)
         totals = add_digits(totals, high, lower, load_floats(weights, SQUARE + SCALE), steps + STEP)
         if has_minima(form):
             totals = outer_floats(totals, weights + SQUARE + MIDDLE, steps + SUM)
@@ -317,23 +334,23 @@ def _add_half_of_digits(weights: int, x: int, groups: int, form: int, sums: int)
 
 
 @compiled(inline=True)
-def _add_floats(tile: Any, weights: int, x: int) -> Any:
-    for at in range(0, 4 * SQUARE, LINE):
-        tile = outer_floats(tile, weights + at, x + at)
-    return tile
-
-
-@compiled(inline=True)
-def _add_pairs(tile: Any, weights: int, x: int) -> Any:
-    for at in range(0, 2 * SQUARE, LINE):
-        tile = outer_pairs(tile, weights + at, x + at)
-    return tile
-
-
-@compiled(inline=True)
-def _add_bytes(tile: Any, weights: int, x: int) -> Any:
-    for at in range(0, SQUARE, LINE):
-        tile = outer_bytes(tile, weights + at, x + at)
+def _add_words(kind: int, tile: Any, weights: int, x: int) -> Any:
+    """Add the products of a group's squares to sums, for a literal kind."""
+    if kind == FLOATS:
+        for at in range(0, 4 * SQUARE, LINE):
+            tile = outer_floats(tile, weights + at, x + at)
+    elif kind == PAIRS:
+        for at in range(0, 2 * SQUARE, LINE):
+            tile = outer_pairs(tile, weights + at, x + at)
+    elif kind == WORDS:
+        for at in range(0, 2 * SQUARE, LINE):
+            tile = outer_words(tile, weights + at, x + at)
+    elif kind == _NIBBLES:
+        for at in range(0, SQUARE, SQUARE // 2):
+            tile = outer_nibbles(tile, weights + at, x + at)
+    else:
+        for at in range(0, SQUARE, LINE):
+            tile = outer_bytes(tile, weights + at, x + at)
     return tile
 
 

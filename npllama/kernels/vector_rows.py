@@ -1,4 +1,4 @@
-"""Products of one token, or a few, with float32 and bfloat16 weights in vector registers of 512 bits.
+"""Products of one token, or a few, with float32 and bfloat16 weights in vector registers.
 
 A row of a matrix is taken line by line, 64 bytes at a time. A line of float32 is a vector. One of bfloat16 is two: the
 lower halves of its words of 32 bits, the numbers with even places, and the upper halves, those with odd ones; each is a
@@ -30,6 +30,7 @@ from npllama.kernels import simd
 from npllama.kernels.by_address import address_of
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, OUTPUT, ROWS, deal_out, job_of, jobs_of
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import nearest
 from npllama.kernels.simd_quantised import load_one_byte
@@ -50,8 +51,9 @@ _CHUNK = 1 << 14
 _EARLY = 1 << 14
 #: Numbers of one token that leave room in the first-level cache, 16 kB.
 _NARROW = 4096
-#: Sums of a band of several tokens, and rows of a band of one.
-_SUMS, _ROWS_OF_ONE = 16, 8
+#: Sums of a band of several tokens, and rows of a band: of one token, four and eight.
+_SUMS = 16 if WIDE else 8
+_ROWS_OF_ONE, _ROWS_OF_FOUR, _ROWS_OF_EIGHT = 8, _SUMS // 4, _SUMS // 8
 #: Numbers of tokens that rows are multiplied with.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
 
@@ -314,9 +316,9 @@ def _add_to(
     if count == _ONE:
         _add(_ROWS_OF_ONE, _ROWS_OF_ONE, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     elif count == _FOUR:
-        _add(_SUMS, 4, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+        _add(_SUMS, _ROWS_OF_FOUR, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     else:
-        _add(_SUMS, 2, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+        _add(_SUMS, _ROWS_OF_EIGHT, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
 
 
 @compiled(inline=True)

@@ -9,6 +9,7 @@ kind        a word              what the input is rounded to                 pro
 ``FLOATS``  one float32         nothing                                      16
 ``PAIRS``   two bfloat16        bfloat16                                     32
 ``BYTES``   four int8           int8, with a step for each group of 64       64
+``WORDS``   two int16           int8, with a step for each group of 64       32
 ``DIGITS``  four int8           three digits of int8, with a step each       64 of one digit
 ==========  ==================  ===========================================  =====================
 
@@ -31,6 +32,7 @@ from npllama.kernels import simd
 from npllama.kernels.digits import digit_lanes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import int8_lanes
 from npllama.kernels.simd_columns import columns_at, copy_first
@@ -42,10 +44,12 @@ from npllama.kernels.simd_quantised import (
     load_one_byte,
     low_nibbles,
 )
-from npllama.kernels.simd_words import bfloat16_of, int8_of, nibble_of, pair_of
+from npllama.kernels.simd_words import bfloat16_of, even_bytes, int8_of, nibble_of, odd_bytes, pair_of
 
 #: How products are computed.
-FLOATS, PAIRS, BYTES, DIGITS = range(4)
+FLOATS, PAIRS, WORDS, BYTES, DIGITS = range(5)
+#: The kind of int8 weights whose input is rounded to int8: registers that are wide have an instruction for bytes.
+INT8_KIND = BYTES if WIDE else WORDS
 
 SIDE = 16  # of a square: rows or tokens, and words
 LINE = 64  # bytes of a line of a square
@@ -54,9 +58,9 @@ SQUARE = SIDE * LINE
 SCALE, MIDDLE, WEIGHT_LINES = 0, LINE, 2 * LINE
 STEP, SUM, BEGIN, INPUT_LINES = 0, LINE, 2 * LINE, 3 * LINE
 #: By kind: squares that 64 numbers of a row take, and of a token; lines behind the latter; groups of a chunk.
-_SQUARES, _INPUT_SQUARES = (4, 2, 1, 1), (4, 2, 1, 3)
-_INPUT_LINES = (INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES + 2 * LINE)
-_GROUPS = (4, 8, 16, 4)
+_SQUARES, _INPUT_SQUARES = (4, 2, 2, 1, 1), (4, 2, 2, 1, 3)
+_INPUT_LINES = (INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES + 2 * LINE)
+_GROUPS = (4, 8, 8, 16, 4)
 #: Squares of a panel's chunk, at most.
 _CHUNK = 16
 
@@ -75,7 +79,7 @@ class Task(NamedTuple):
     form : int
         Storage type of the weights, in `npllama.kernels.jobs.FORMS`.
     kind : int
-        FLOATS, PAIRS, BYTES or DIGITS.
+        FLOATS, PAIRS, WORDS, BYTES or DIGITS.
     width, groups : int
         N, and groups of 64 numbers that it takes.
     panels : int
@@ -213,6 +217,14 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
         simd.store_one(behind, STEP, step)
         simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * whole))
         total = np.float32(whole) * step
+    elif task.kind == WORDS:
+        step, whole = int8_lanes(numbers, line)
+        words = load_integers(line, 0)
+        simd.store(line, 0, even_bytes(words))
+        simd.store(line, SQUARE, odd_bytes(words))
+        simd.store_one(behind, STEP, step)
+        simd.store_one(behind, BEGIN, np.int32(0))
+        total = np.float32(whole) * step
     elif task.kind == DIGITS:
         step, high, middle, low = digit_lanes(numbers, line, SQUARE)
         simd.store_one(behind, STEP, step)
@@ -263,6 +275,10 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
     at_once, stored, pitch = 2 if task.form == _INT4 else 1, stored_bytes(task.form), row_bytes(task)
     are_words = task.form == _FLOAT32 or (task.form == _BFLOAT16 and task.kind == PAIRS)
     are_bytes = task.form == _INT8 and task.kind >= BYTES
+    if are_integers(task.form):
+        behind, first = out + squares(task.kind) * SQUARE, 2 * row * task.groups
+        scales, minima = job[SCALES] + first, job[MINIMA] + first
+        lay_factors(scales, minima, job[ROWS] - row, task.groups, start, stop - start, task.form, lying, behind, size)
     for g in range(start, stop, at_once):
         rows, apart = job[DATA] + row * pitch + g * stored, pitch
         if row + SIDE > job[ROWS] or (g + at_once) * stored > pitch:
@@ -280,15 +296,10 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
             if g + 1 < stop:
                 _spread_int4(turned + SQUARE // 2, task.kind, out + size)
         elif task.form == _INT8 and not are_bytes:
-            _spread_int8(turned, out)
+            _spread_int8(turned, task.kind, out)
         elif task.form == _BFLOAT16 and not are_words:
             _spread_pairs(turned, out)
         out += at_once * size
-    if are_integers(task.form):
-        behind = np.int64(laid.ctypes.data) + squares(task.kind) * SQUARE
-        first = 2 * row * task.groups
-        scales, minima = job[SCALES] + first, job[MINIMA] + first
-        lay_factors(scales, minima, job[ROWS] - row, task.groups, start, stop - start, task.form, lying, behind, size)
 
 
 @compiled(inline=True)
@@ -381,25 +392,50 @@ def _spread_pairs(turned: int, out: int) -> None:
 
 
 @compiled(inline=True)
-def _spread_int8(turned: int, out: int) -> None:
-    """Write the lines of a square, four integers a word, as lines of pairs."""
+def _spread_int8(turned: int, kind: int, out: int) -> None:
+    """Write the lines of a square, four integers a word, as lines of words of a kind."""
+    scale = load_floats(out, squares(kind) * SQUARE + SCALE)
     for line in range(0, SQUARE, LINE):
         words = load_integers(turned, line)
+        if kind == WORDS:
+            simd.store(out, line, even_bytes(words))
+            simd.store(out, SQUARE + line, odd_bytes(words))
+            continue
         a, b, c, d = int8_of(words, 0), int8_of(words, 1), int8_of(words, 2), int8_of(words, 3)
-        simd.store(out, 2 * line, pair_of(a, b))
-        simd.store(out, 2 * line + LINE, pair_of(c, d))
+        if kind == PAIRS:
+            simd.store(out, 2 * line, pair_of(a, b))
+            simd.store(out, 2 * line + LINE, pair_of(c, d))
+        else:
+            simd.store(out, 4 * line, simd.multiply(a, scale))
+            simd.store(out, 4 * line + LINE, simd.multiply(b, scale))
+            simd.store(out, 4 * line + 2 * LINE, simd.multiply(c, scale))
+            simd.store(out, 4 * line + 3 * LINE, simd.multiply(d, scale))
 
 
 @compiled(inline=True)
 def _spread_int4(turned: int, kind: int, out: int) -> None:
     """Do the same with half a square, eight integers a word, of which four belong into the second half."""
+    behind = out + squares(kind) * SQUARE
+    scale, middle = load_floats(behind, SCALE), load_floats(behind, MIDDLE)
     for line in range(0, SQUARE // 2, LINE):
         if kind >= BYTES:
             simd.store(out, line, low_nibbles(simd.load_bytes(turned, line)))
             simd.store(out, SQUARE // 2 + line, high_nibbles(simd.load_bytes(turned, line)))
+            continue
+        words = load_integers(turned, line)
+        a, b, c, d = nibble_of(words, 0), nibble_of(words, 2), nibble_of(words, 4), nibble_of(words, 6)
+        e, f, g, h = nibble_of(words, 1), nibble_of(words, 3), nibble_of(words, 5), nibble_of(words, 7)
+        if kind == PAIRS:
+            simd.store(out, 2 * line, pair_of(a, b))
+            simd.store(out, 2 * line + LINE, pair_of(c, d))
+            simd.store(out, SQUARE + 2 * line, pair_of(e, f))
+            simd.store(out, SQUARE + 2 * line + LINE, pair_of(g, h))
         else:
-            words = load_integers(turned, line)
-            simd.store(out, 2 * line, pair_of(nibble_of(words, 0), nibble_of(words, 2)))
-            simd.store(out, 2 * line + LINE, pair_of(nibble_of(words, 4), nibble_of(words, 6)))
-            simd.store(out, SQUARE + 2 * line, pair_of(nibble_of(words, 1), nibble_of(words, 3)))
-            simd.store(out, SQUARE + 2 * line + LINE, pair_of(nibble_of(words, 5), nibble_of(words, 7)))
+            simd.store(out, 4 * line, simd.fused_multiply_add(a, scale, middle))
+            simd.store(out, 4 * line + LINE, simd.fused_multiply_add(b, scale, middle))
+            simd.store(out, 4 * line + 2 * LINE, simd.fused_multiply_add(c, scale, middle))
+            simd.store(out, 4 * line + 3 * LINE, simd.fused_multiply_add(d, scale, middle))
+            simd.store(out, 2 * SQUARE + 4 * line, simd.fused_multiply_add(e, scale, middle))
+            simd.store(out, 2 * SQUARE + 4 * line + LINE, simd.fused_multiply_add(f, scale, middle))
+            simd.store(out, 2 * SQUARE + 4 * line + 2 * LINE, simd.fused_multiply_add(g, scale, middle))
+            simd.store(out, 2 * SQUARE + 4 * line + 3 * LINE, simd.fused_multiply_add(h, scale, middle))

@@ -12,8 +12,8 @@ from npllama.kernels.matmul import products
 from npllama.rounding import rounded_to_int8
 from tests.kernels.test_byte_rows import normal, stored
 
-PATH = "avx512"
-pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX-512")
+PATH = "avx2"
+pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX2")
 
 #: Rows and their numbers: fewer than a block, one and a part; groups short, odd and of several chunks.
 SHAPES = [(1, 1), (16, 64), (35, 65), (20, 576), (33, 1100), (50, 2100), (18, 8300)]

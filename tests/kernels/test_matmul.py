@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
@@ -13,9 +17,10 @@ from npllama.dtypes import Array, Tensor, narrow
 from npllama.errors import ParameterError, UnsupportedError
 from npllama.kernels import amx, features, portable
 from npllama.kernels.features import PATHS, choose, host_features, ladder
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.matmul import PRODUCTS, products
 
-HERE = ladder(choose(host_features()))
+HERE = [path for path in ladder(choose(host_features())) if path != "avx2" or not WIDE]
 ROWS = [1, 2, 5, 15, 16, 17, 48, 70]
 #: Widths below and above a step, with and without a rest, and in several passes; heights around blocks of 32 and 48.
 SHAPES = [(48, 32), (1, 1), (50, 33), (97, 100), (131, 576), (49, 2100)]
@@ -216,8 +221,9 @@ def test_the_best_path_is_the_first_whose_needs_are_met() -> None:
     assert choose(everything) == "amx"
     assert choose(everything - {"amx-bf16"}) == "avx512bf16"
     assert choose(everything - {"avx512bf16"}) == "avx512"
-    assert choose(everything - {"avx512f"}) == "portable"
-    assert choose({"avx2", "fma"}) == "portable"
+    assert choose(everything - {"avx512f"}) == "avx2"
+    assert choose({"avx2", "fma"}) == "avx2"
+    assert choose(everything - {"fma"}) == "portable"
     assert choose(frozenset()) == "portable"
 
 
@@ -226,12 +232,24 @@ def test_a_path_can_be_forced_where_it_can_run() -> None:
     assert choose(frozenset(), "portable") == "portable"
     with pytest.raises(UnsupportedError, match=r"amx-tile.*Choose 'portable'"):
         choose(PATHS["avx512"], "amx")
-    with pytest.raises(ParameterError, match="'sse', expected one of amx, avx512bf16, avx512, portable"):
+    with pytest.raises(ParameterError, match="'sse', expected one of amx, avx512bf16, avx512, avx2, portable"):
         choose(frozenset(), "sse")
+    with pytest.raises(UnsupportedError, match=r"'avx2' are for registers of 256 bits.*Choose 'avx512'"):
+        choose(PATHS["avx512"], "avx2")
+
+
+def test_kernels_are_chosen_by_what_numba_is_told_to_compile_for() -> None:
+    script = "from npllama.kernels.features import choose, host_features; print(choose(host_features()))"
+    for told, path in (("+avx2,+fma,-avx512f", "avx2"), ("+sse4.2,-avx2", "portable")):
+        environment = {**os.environ, "NUMBA_CPU_FEATURES": told}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == path
 
 
 def test_a_ladder_leads_down_to_plain_loops() -> None:
-    assert ladder("amx") == ("amx", "avx512bf16", "avx512", "portable")
+    assert ladder("amx") == ("amx", "avx512bf16", "avx512", "avx2", "portable")
     assert ladder("portable") == ("portable",)
 
 

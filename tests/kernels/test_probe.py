@@ -15,7 +15,7 @@ from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.tiles import tile_shapes
 from npllama.rounding import ACTIVATIONS
 
-needs_vectors = pytest.mark.skipif(not PATHS["avx512bf16"] <= host_features(), reason="this processor has no BF16")
+needs_vectors = pytest.mark.skipif(not PATHS["avx2"] <= host_features(), reason="this processor has no AVX2")
 needs_amx = pytest.mark.skipif(not PATHS["amx"] <= host_features(), reason="this processor has no matrix unit")
 
 
@@ -54,20 +54,22 @@ def test_a_part_of_any_length_is_read_to_its_end(count: int) -> None:
 
 
 @needs_vectors
-@pytest.mark.parametrize(("kind", "numbers"), [(1, "uint16"), (2, "int8")])
-def test_words_are_multiplied_and_added_as_often_as_they_are_counted(kind: int, numbers: str) -> None:
-    line = np.full(64 // np.dtype(numbers).itemsize, 0x4000 if kind == 1 else 2).astype(numbers)  # 2, in either
-    found = np.empty((2, 16, 16), np.float32)
-    probe._outer_products(line.view(np.uint8), 3, kind, found)
-    begun = 0 if kind == 1 else 0x02020202  # sums of bytes begin with a word of the line
-    in_a_word = 2 if kind == 1 else 4
-    assert np.unique(found if kind == 1 else found.view(np.int32)).tolist() == [begun + 3 * in_a_word * 2 * 2]
+@pytest.mark.parametrize("numbers", ["uint16", "int16", "int8", "int4"])
+def test_words_are_multiplied_and_added_as_often_as_they_are_counted(numbers: str) -> None:
+    kind, products = probe._WORDS[numbers]
+    two = {"uint16": 0x4000, "int16": 2}.get(numbers, 2)  # in either
+    lines = np.full(512, two, np.uint16 if numbers in ("uint16", "int16") else np.uint8).view(np.uint8)[:512]
+    found = np.empty((2, probe._SUMS_OF_WORDS, 16), np.float32)
+    probe._outer_products(lines, 3, kind, found)
+    begun = 0 if numbers == "uint16" else lines[:4].view(np.int32)[0]  # sums of integers begin with a word of the line
+    sums = found if numbers == "uint16" else found.view(np.int32)
+    assert np.unique(sums).tolist() == [begun + 3 * products * 2 * 2]
 
 
 @needs_vectors
-@pytest.mark.parametrize(("numbers", "in_a_word"), [("uint16", 2), ("int8", 4)])
-def test_the_rate_of_words_counts_two_operations_for_every_product(numbers: str, in_a_word: int) -> None:
-    operations = 2 * 16 * 16 * in_a_word * (1 << 20) * numba.get_num_threads()
+@pytest.mark.parametrize(("numbers", "products"), [("uint16", 2), ("int16", 2), ("int8", 4), ("int4", 32)])
+def test_the_rate_of_words_counts_two_operations_for_every_product(numbers: str, products: int) -> None:
+    operations = 2 * 16 * probe._SUMS_OF_WORDS * products * (1 << 20) * numba.get_num_threads()
     assert probe.word_rate(numbers, clock(0.5)) == 2 * operations
 
 
@@ -122,6 +124,9 @@ def test_whatever_runs_in_tiles_is_held_against_the_matrix_unit_and_nothing_else
         (("avx512bf16", "bfloat16", "bfloat16"), "vector registers, pairs of bfloat16", 6e12),
         (("avx512", "bfloat16", "bfloat16"), "vector registers", 4e11),
         (("avx512", "int8", "int4"), "vector registers, four bytes a word", 6e12),
+        (("avx2", "int8", "int8"), "vector registers, pairs of int16", 6e12),
+        (("avx2", "int8", "int4"), "vector registers, sums of 16 bits", 6e12),
+        (("avx2", "float32", "int8"), "vector registers", 4e11),
         (("portable", "bfloat16", "bfloat16"), "vector registers", 4e11),
     ],
 )

@@ -12,9 +12,13 @@ import pytest
 from npllama.dtypes import Array
 from npllama.kernels import simd_bytes, simd_sums
 from npllama.kernels.features import PATHS, host_features
+from npllama.kernels.llvm import WIDE
 
 RNG = np.random.default_rng(3)
-pytestmark = pytest.mark.skipif(not PATHS["avx512"] <= host_features(), reason="this processor has no AVX-512")
+pytestmark = pytest.mark.skipif(not PATHS["avx2"] <= host_features(), reason="this processor has no AVX2")
+
+needs_wide = pytest.mark.skipif(not WIDE, reason="registers are narrow")
+needs_narrow = pytest.mark.skipif(WIDE, reason="registers are wide")
 
 TOKENS, ROWS = 4, 2
 WEIGHTS = RNG.integers(0, 256, (ROWS, 64)).astype(np.uint8)
@@ -45,6 +49,7 @@ def lines(digits: Array, begins: Array) -> Array:
     return np.ascontiguousarray(np.concatenate([digits, begins.view(np.int8)[:, None]], axis=1))
 
 
+@needs_wide
 def test_three_digits_of_int8_weights_are_one_integer() -> None:
     digits = RNG.integers(-128, 128, (TOKENS, 3, 64)).astype(np.int8)
     high, lower = digits[:, 0].astype(np.int64), digits[:, 1:].view(np.uint8).astype(np.int64)
@@ -55,6 +60,7 @@ def test_three_digits_of_int8_weights_are_one_integer() -> None:
     np.testing.assert_allclose(found, products * FACTORS[..., :1].astype(np.float64), 1e-6)
 
 
+@needs_wide
 def test_halves_of_bytes_meet_two_groups() -> None:
     digits = RNG.integers(-128, 128, (TOKENS, 6, 64)).astype(np.int8)
     begins = RNG.integers(-1000, 1000, (TOKENS, 16)).astype(np.int32)
@@ -65,3 +71,22 @@ def test_halves_of_bytes_meet_two_groups() -> None:
     )
     expected = products * FACTORS[..., :2].repeat(8, axis=-1).astype(np.float64)
     np.testing.assert_allclose(added(simd_bytes.inner_nibbles, lines(digits, begins)), expected, 1e-6)
+
+
+@needs_narrow
+def test_int8_weights_meet_float32() -> None:
+    x = RNG.normal(size=(TOKENS, 64)).astype(np.float32)
+    products = (WEIGHTS.view(np.int8)[:, None] * x.astype(np.float64)).reshape(ROWS, TOKENS, 4, 16).sum(axis=2)
+    expected = products * FACTORS[..., :1].astype(np.float64)
+    np.testing.assert_allclose(added(simd_bytes.inner_bytes, x), expected, 1e-5, 1e-4)
+
+
+@needs_narrow
+def test_words_of_int4_meet_float32_of_two_groups() -> None:
+    x, begins = (RNG.normal(size=(TOKENS, n, 16)).astype(np.float32) for n in (8, 1))
+    nibbles = WEIGHTS.view(np.uint32)[:, None] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None] & 15  # (rows, 8, 16)
+    products = begins[:, 0] + (nibbles[:, None] * x.astype(np.float64)).sum(axis=2)
+    places = np.float32(16) ** -np.array([0, 1, 2, 3, 4, 5, 6, 0], np.float32)[:, None]
+    expected = products * FACTORS[..., :2].repeat(8, axis=-1).astype(np.float64)
+    laid = np.ascontiguousarray(np.concatenate([x * places, begins], axis=1))
+    np.testing.assert_allclose(added(simd_bytes.inner_nibbles, laid), expected, 1e-5, 1e-4)

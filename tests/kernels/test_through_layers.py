@@ -28,7 +28,7 @@ from tests.fixtures.engine import FAST, loud_model
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
 
 PATH = choose(host_features())
-needs_vectors = pytest.mark.skipif(PATH == "portable", reason="this processor has no AVX-512")
+needs_vectors = pytest.mark.skipif(PATH == "portable", reason="this processor has no AVX2")
 #: Tokens that bfloat16 weights meet in one pass.
 MOST = 16 if PATH == "amx" else vector_rows.FEW
 
@@ -204,7 +204,7 @@ def test_up_to_16_tokens_get_the_bits_that_each_gets_after_the_other(
 ) -> None:
     """So drafts change no token, even where rounding to int8 would make much of the last bit of a sum."""
     known, _ = quantised_pair(dtypes, **KNOWN[name])
-    operations = SimpleNamespace(**{**vars(ops), **twins("avx512", activations)})
+    operations = SimpleNamespace(**{**vars(ops), **twins("avx2", activations)})
     model = Model(known.config, known.weights, operations, backend="fast", activations=activations)
     cache = fed(model, 505)
     twin, tokens = cache.fork(), loud_tokens(model.config, MOST, seed=3)
@@ -269,7 +269,7 @@ def test_what_is_not_known_is_declined() -> None:
 
 @needs_vectors
 @pytest.mark.parametrize("dtypes", STORED.values(), ids=STORED)
-@pytest.mark.parametrize(("path", "most"), [("avx512", byte_rows.FEW), ("amx", 1)])
+@pytest.mark.parametrize(("path", "most"), [("avx2", byte_rows.FEW), ("amx", 1)])
 def test_integers_decline_many_tokens_and_several_where_tiles_are_faster(
     dtypes: tuple[str, ...], path: str, most: int
 ) -> None:
@@ -327,11 +327,11 @@ def assert_at_once_changes_nothing(
 @pytest.mark.parametrize("activations", ["float32", "int8"])
 def test_several_tokens_meet_integers_at_once(activations: str) -> None:
     model, _ = quantised_pair(("int8", "int4"))
-    assert_at_once_changes_nothing(model, twins("avx512", activations), byte_rows.FEW)
+    assert_at_once_changes_nothing(model, twins("avx2", activations), byte_rows.FEW)
 
 
 @needs_vectors
-@pytest.mark.parametrize("path", ["avx512", "avx512bf16"])
+@pytest.mark.parametrize("path", ["avx2", "avx512", "avx512bf16"])
 @pytest.mark.parametrize("activations", ["float32", "bfloat16"])
 def test_on_every_path_the_bits_are_those_of_single_operations(path: str, activations: str) -> None:
     if not PATHS[path] <= host_features():

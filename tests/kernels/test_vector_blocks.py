@@ -16,8 +16,9 @@ from npllama.kernels.matmul import ROUNDED, products
 from npllama.kernels.vector_rows import FEW
 from npllama.rounding import ROUNDINGS
 
-PATH = "avx512bf16"
-pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX-512 or BF16")
+#: The best path that multiplies in vector registers.
+PATH = next((path for path in ("avx512bf16", "avx512", "avx2") if PATHS[path] <= host_features()), "avx2")
+pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX2")
 
 #: M and N: single numbers; last blocks, groups and chunks that are not whole; several chunks, and fields of blocks.
 SHAPES = [(1, 1), (17, 33), (100, 300), (64, 576), (700, 260), (40, 2100), (150, 2100)]
@@ -54,8 +55,8 @@ def noise(y: Array, expected: Array) -> float:
 
 def test_what_this_file_tests_is_what_models_use() -> None:
     rounding = {(kind, dtype) for kind, by_path in ROUNDED.items() for dtype in matmul.PRODUCTS if any(
-        dtype in by_path.get(path, {}) for path in ("avx512bf16", "avx512"))}  # fmt: skip
-    exact = {("float32", dtype) for dtype, by_path in matmul.PRODUCTS.items() if "avx512" in by_path}
+        dtype in by_path.get(path, {}) for path in ("avx512bf16", "avx2"))}  # fmt: skip
+    exact = {("float32", dtype) for dtype, by_path in matmul.PRODUCTS.items() if "avx2" in by_path}
     assert rounding | exact == set(KINDS)
 
 
