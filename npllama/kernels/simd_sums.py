@@ -1,8 +1,8 @@
 """Many sums in vector registers at once, and the instructions that add products to all of them.
 
 Sums are a tuple of vectors (see `npllama.kernels.simd`), as many as a literal says. A compiler keeps them in registers
-as long as the processor has enough, 32 of 512 bits or 16 of 256; that is what lets a number that was loaded once be multiplied
-several times. Places in memory are addresses (int64). Nothing is checked.
+as long as the processor has enough, 32 of 512 bits or 16 of 256; that is what lets a number that was loaded once be
+multiplied several times. Places in memory are addresses (int64). Nothing is checked.
 
 Of sixteen outputs of one token after another a **column** is a vector: its lanes are rows of a matrix, and each number
 of the input meets all of them (`outer_floats` and its kin). Of rows times tokens whose lanes are parts of one sum, to
