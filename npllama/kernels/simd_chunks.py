@@ -15,7 +15,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.llvm import BYTE, FLOAT_VECTOR, FLOATS, INT_VECTOR, LONG, WORD, call, intrinsic
+from npllama.kernels.llvm import BYTE, FLOAT_VECTOR, FLOATS, INT_VECTOR, LONG, WIDE, WORD, call, intrinsic
 from npllama.kernels.simd_sums import _add_floats, _at, _changed, _halves, _tuple, apart, load, load_splat
 
 _LINE, _CHUNK_NUMBERS = 64, 64
@@ -32,12 +32,35 @@ def _vectors(builder: Any, bits: int, address: Any, seen: Any, ahead: Any) -> li
     lines = []
     for start in range(0, _CHUNK_NUMBERS, kind.count):
         place = _at(builder, address, start * bits // 8, kind)
-        there = builder.trunc(builder.lshr(seen, LONG(start)), ir.IntType(kind.count))
-        mask = builder.bitcast(there, ir.VectorType(ir.IntType(1), kind.count))
-        line = call(builder, name, kind, place, WORD(1), mask, ir.Constant(kind, [0] * kind.count))
+        line = _line(builder, kind, name, place, seen, start)
         lines.append(_halves(builder, builder.bitcast(line, INT_VECTOR)) if bits == 16 else [line])
         _fetch(builder, _at(builder, builder.add(address, ahead), start * bits // 8, BYTE))
     return lines
+
+
+def _line(builder: Any, kind: Any, name: str, place: Any, seen: Any, start: int) -> Any:
+    """Return a line of which only what is seen is touched.
+
+    Narrow registers have no masks for numbers of 16 bits. What takes a number at a time there is for a row's end alone.
+    """
+
+    def masked() -> Any:
+        there = builder.trunc(builder.lshr(seen, LONG(start)), ir.IntType(kind.count))
+        mask = builder.bitcast(there, ir.VectorType(ir.IntType(1), kind.count))
+        return call(builder, name, kind, place, WORD(1), mask, ir.Constant(kind, [0] * kind.count))
+
+    if WIDE or kind == INT_VECTOR:
+        return masked()
+    whole = builder.icmp_signed("==", seen, LONG(-1))
+    with builder.if_else(whole) as (then, otherwise):
+        with then:
+            line, end = builder.load(place, align=1), builder.block
+        with otherwise:
+            part, other_end = masked(), builder.block
+    found = builder.phi(kind)
+    found.add_incoming(line, end)
+    found.add_incoming(part, other_end)
+    return found
 
 
 def _fetch(builder: Any, pointer: Any) -> None:
