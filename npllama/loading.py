@@ -52,7 +52,7 @@ def load(
         which is what other engines compute in, makes long prompts about twice as fast where the processor has a unit
         for it. Where that is a matrix unit, integer weights are then rounded to bfloat16, too, if more than 16 tokens
         meet them. int8, in groups of 64, is what other engines multiply integer weights by: two to three times as fast
-        with AVX-512, 1.4 to 1.7 times with AVX2. It costs more, and leaves all weights as they are.
+        with AVX-512, 1.2 to 1.7 times with AVX2. It costs more, and leaves all weights as they are.
     cache_dtype : {"float32", "bfloat16"}, optional
         How the model's caches keep keys and values, and what attention multiplies in. bfloat16 takes half the memory,
         and a long text goes faster. By default that is for activations that are rounded, and float32 for others. A

@@ -200,11 +200,7 @@ def dots_of_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
 
 
 def dots_of_nibbles(builder: Any, total: Any, unsigned: Sequence[Any], signed: Sequence[Any]) -> Any:
-    """Do `dots_of_bytes` to up to eight vectors, where unsigned numbers are below 16."""
-    if WIDE:
-        for factors in zip(unsigned, signed, strict=True):
-            total = dots_of_bytes(builder, total, *factors)
-        return total
+    """Do `dots_of_bytes` to up to eight vectors whose unsigned numbers are below 16. VPMADDUBSW, VPADDW, VPMADDWD."""
     pairs = [products_of_bytes(builder, *factors) for factors in zip(unsigned, signed, strict=True)]
     return builder.add(total, _pairs_added(builder, reduce(builder.add, pairs)))
 

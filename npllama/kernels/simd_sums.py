@@ -343,9 +343,9 @@ def outer_words(context: Any, sums: Any, weights: Any, x: Any) -> Any:
 
 @intrinsic
 def outer_nibbles(context: Any, sums: Any, weights: Any, x: Any) -> Any:
-    """``outer_nibbles(sums, weights, x)``: do `outer_bytes` to eight lines, with weights of 4 bits.
+    """``outer_nibbles(sums, weights, x)``: what `outer_bytes` does to eight lines, with weights of 4 bits.
 
-    VPDPBUSD; or VPMADDUBSW, VPADDW and VPMADDWD: sums of sixteen products fit into 16 bits.
+    Sums of sixteen products fit into 16 bits. VPMADDUBSW, VPADDW, VPMADDWD.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -91,7 +91,7 @@ from npllama.kernels.vector_squares import (
 
 #: Tokens of a panel whose sums are in registers at a time: where there are sums of one kind, or of two.
 _MOST, _FEWER = (16, 8) if WIDE else (4, 4)
-_NIBBLES = 5  # what is done to BYTES of int4
+_NIBBLES = 5  # how BYTES of int4 are multiplied in narrow registers
 _SUMS = SIDE * SIDE  # of a block and a panel
 #: Counters: fields and panels that were taken, panels that are laid out.
 _FIELDS, _PANELS, _PACKED = range(3)
@@ -122,8 +122,9 @@ def multiply(
     ----------
     x : ndarray of shape (T, N), float32
     weights : sequence of Tensor of shape (M, N)
-        All of one storage type: any for FLOATS, any but float32 for PAIRS, int8 or int4 for BYTES and DIGITS, int8 for
-        WORDS. M may differ.
+        All of one storage type: any for FLOATS, any but float32 for PAIRS, int8 or int4 for BYTES and DIGITS. M may
+        differ. With narrow registers (`npllama.kernels.llvm.WIDE`) there are no PAIRS and no DIGITS; BYTES are for
+        int4 alone, and WORDS for int8.
     outputs : sequence of ndarray of shape (T, M), float32
     kind : int
         FLOATS rounds nothing but sums, and DIGITS nothing more than that does; PAIRS rounds the input to bfloat16, and
@@ -259,10 +260,10 @@ def _fetch(task: Task, chunk: Chunk, row: int) -> None:
 def _add_numbers(weights: int, x: int, groups: int, kind: int, sums: int) -> None:
     """Add some groups' products of a block and a panel to their sums, those of so many tokens at a time."""
     for t in range(0, SIDE, _MOST):
-        if kind == FLOATS:
-            _add_groups(FLOATS, weights, x + 4 * t, groups, sums + LINE * t)
-        else:
+        if WIDE and kind == PAIRS:
             _add_groups(PAIRS, weights, x + 4 * t, groups, sums + LINE * t)
+        else:
+            _add_groups(FLOATS, weights, x + 4 * t, groups, sums + LINE * t)
 
 
 @compiled(inline=True)
@@ -279,30 +280,37 @@ def _add_groups(kind: int, weights: int, x: int, groups: int, sums: int) -> None
 @compiled()
 def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums: int) -> None:
     """Do the same with integers, group by group."""
-    if kind == PAIRS:
-        for _ in range(groups):
-            scales, steps = weights + 2 * SQUARE, x + 2 * SQUARE
-            add_scaled_to_memory(sums, _add_words(PAIRS, no_sums(SIDE), weights, x), load_floats(scales, SCALE))
-            if has_minima(form):
-                add_outer_to_memory(sums, load_floats(scales, MIDDLE), steps + SUM)
-            weights, x = scales + WEIGHT_LINES, steps + INPUT_LINES
+    if WIDE and kind == PAIRS:
+        _add_scaled(weights, x, groups, form, sums)
         return
     for t in range(0, SIDE, _FEWER):
-        if kind == DIGITS:
-            _add_digits(weights, x + 4 * t, groups, form, sums + LINE * t)
+        if WIDE:
+            if kind == DIGITS:
+                _add_digits(weights, x + 4 * t, groups, form, sums + LINE * t)
+            else:
+                _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
         elif kind == WORDS:
             _add_stepped(WORDS, weights, x + 4 * t, groups, form, sums + LINE * t)
-        elif has_minima(form):
-            _add_stepped(_NIBBLES, weights, x + 4 * t, groups, form, sums + LINE * t)
         else:
-            _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
+            _add_stepped(_NIBBLES, weights, x + 4 * t, groups, form, sums + LINE * t)
+
+
+@compiled(inline=True)
+def _add_scaled(weights: int, x: int, groups: int, form: int, sums: int) -> None:
+    """Do it for pairs, whose sums of a group are all that registers hold."""
+    for _ in range(groups):
+        scales, steps = weights + 2 * SQUARE, x + 2 * SQUARE
+        add_scaled_to_memory(sums, _add_words(PAIRS, no_sums(SIDE), weights, x), load_floats(scales, SCALE))
+        if has_minima(form):
+            add_outer_to_memory(sums, load_floats(scales, MIDDLE), steps + SUM)
+        weights, x = scales + WEIGHT_LINES, steps + INPUT_LINES
 
 
 @compiled(inline=True)
 def _add_stepped(kind: int, weights: int, x: int, groups: int, form: int, sums: int) -> None:
     """Do it for what is rounded to int8 and some tokens, whose sums of a group and of those before are in registers.
 
-    The kind is a literal: WORDS, or BYTES of int8 or int4.
+    The kind is a literal: BYTES; or, with narrow registers, WORDS for int8 and _NIBBLES for int4.
     """
     totals, size = no_sums(_FEWER), (2 if kind == WORDS else 1) * SQUARE
     for _ in range(groups):

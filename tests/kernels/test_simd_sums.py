@@ -141,6 +141,40 @@ def test_an_outer_product_of_bytes() -> None:
     np.testing.assert_array_equal(found.reshape(16, 16), begin[:, None] + products)
 
 
+def test_an_outer_product_of_pairs_of_integers() -> None:
+    weights, x = (RNG.integers(-(1 << 15), 1 << 15, 32).astype(np.int16) // 2 for _ in range(2))
+    begin = np.arange(16, dtype=np.int32)
+    found = run("u.store_sums(o, u.outer_words(u.first_sums(c, 16), a, b))", weights, x, begin, out=np.int32)
+    products = x.reshape(16, 2).astype(np.int64) @ weights.reshape(16, 2).astype(np.int64).T
+    np.testing.assert_array_equal(found.reshape(16, 16), begin[:, None] + products)
+
+
+@pytest.mark.parametrize("extreme", [None, -128, 127])
+def test_an_outer_product_of_nibbles_over_eight_lines(extreme: int | None) -> None:
+    weights, x = RNG.integers(0, 16, (8, 64)).astype(np.uint8), RNG.integers(-128, 128, (8, 64)).astype(np.int8)
+    if extreme is not None:
+        weights[:], x[:] = 15, extreme
+    begin = np.arange(16, dtype=np.int32)
+    found = run("u.store_sums(o, u.outer_nibbles(u.first_sums(c, 16), a, b))", weights, x, begin, out=np.int32)
+    lines = (numbers.reshape(8, 16, 4).astype(np.int64) for numbers in (x, weights))
+    products = np.einsum("ltk,lrk->tr", *lines)
+    np.testing.assert_array_equal(found.reshape(16, 16), begin[:, None] + products)
+
+
+@pytest.mark.parametrize(("weight", "number"), [(255, -128), (255, 127), (128, -128), (127, 127)])
+def test_no_product_of_bytes_is_too_large(weight: int, number: int) -> None:
+    weights, x, begin = np.full(64, weight, np.uint8), np.full(64, number, np.int8), np.zeros(16, np.int32)
+    found = run("u.store_sums(o, u.outer_bytes(u.first_sums(c, 16), a, b))", weights, x, begin, out=np.int32)
+    assert np.unique(found).tolist() == [4 * weight * number]
+
+
+def test_bytes_become_words_of_two() -> None:
+    numbers = RNG.integers(-128, 128, 64).astype(np.int8)
+    for name, first in (("even_bytes", 0), ("odd_bytes", 1)):
+        found = run(f"s.store(o, 0, w.{name}(q.load_integers(a, 0)))", numbers, out=np.int16, size=32)
+        np.testing.assert_array_equal(found, numbers[first::2])
+
+
 def test_inner_products_of_float32_rows_and_tokens() -> None:
     found = run("u.store_sums(o, u.inner_lines(u.no_sums(8), 2, 0, a, 64, b))", FLOATS, FLOATS, size=128)
     np.testing.assert_array_equal(found.reshape(2, 4, 16), FLOATS[:2, None] * FLOATS[None, :4])
