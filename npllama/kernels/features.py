@@ -1,7 +1,8 @@
 """What the processor can do, and which kernels that lets run.
 
 A **path** is a family of kernels that needs certain instructions. The paths are a ladder: who can run one can run all
-below it, and a storage type without kernels on a step is served by the next one down that has them.
+below it, and a storage type without kernels on a step is served by the next one down that has them. Kernels of AVX2
+are compiled for registers as wide as the processor has them, so that there AVX-512 is no family of its own.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def choose(features: Collection[str], forced: str | None = None) -> str:
     ParameterError
         There is no such path.
     UnsupportedError
-        The processor lacks a feature that the forced path needs, or its registers are wider.
+        The processor lacks a feature that the forced path needs.
     """
     if forced is None:
         return next(path for path, needs in PATHS.items() if needs.issubset(features))
@@ -84,15 +85,10 @@ def choose(features: Collection[str], forced: str | None = None) -> str:
             f"the kernels {forced!r} need {', '.join(sorted(missing))}, which this processor does not offer",
             remedy="Choose 'portable', or none.",
         )
-    if forced == "avx2" and PATHS["avx512"].issubset(features):
-        raise UnsupportedError(
-            "the kernels 'avx2' are for registers of 256 bits, and this processor's have 512",
-            remedy="Choose 'avx512', 'portable', or none.",
-        )
     return forced
 
 
 def ladder(path: str) -> tuple[str, ...]:
-    """Return a path and those below it, the best one first. What is for AVX2 runs in wider registers, too."""
+    """Return a path and those below it, the best one first."""
     paths = tuple(PATHS)
     return paths[paths.index(path) :]

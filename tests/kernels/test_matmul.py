@@ -17,10 +17,9 @@ from npllama.dtypes import Array, Tensor, narrow
 from npllama.errors import ParameterError, UnsupportedError
 from npllama.kernels import amx, features, portable
 from npllama.kernels.features import PATHS, choose, host_features, ladder
-from npllama.kernels.llvm import WIDE
 from npllama.kernels.matmul import PRODUCTS, products
 
-HERE = [path for path in ladder(choose(host_features())) if path != "avx2" or not WIDE]
+HERE = ladder(choose(host_features()))
 ROWS = [1, 2, 5, 15, 16, 17, 48, 70]
 #: Widths below and above a step, with and without a rest, and in several passes; heights around blocks of 32 and 48.
 SHAPES = [(48, 32), (1, 1), (50, 33), (97, 100), (131, 576), (49, 2100)]
@@ -234,8 +233,6 @@ def test_a_path_can_be_forced_where_it_can_run() -> None:
         choose(PATHS["avx512"], "amx")
     with pytest.raises(ParameterError, match="'sse', expected one of amx, avx512bf16, avx512, avx2, portable"):
         choose(frozenset(), "sse")
-    with pytest.raises(UnsupportedError, match=r"'avx2' are for registers of 256 bits.*Choose 'avx512'"):
-        choose(PATHS["avx512"], "avx2")
 
 
 def test_kernels_are_chosen_by_what_numba_is_told_to_compile_for() -> None:
