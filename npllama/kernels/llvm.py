@@ -23,6 +23,8 @@ _declared: Any = get_or_insert_function
 #: Whether the processor has 32 vector registers of 64 bytes. If not, a vector is two of 16 registers of 32 bytes, and a
 #: quarter as many find room: what that means for a kernel, it says itself.
 WIDE = PATHS["avx512"] <= host_features()
+#: The opposite. Behind ``if WIDE`` and ``if NARROW`` Numba compiles only what is ever reached.
+NARROW = not WIDE
 
 _BYTES = 64
 

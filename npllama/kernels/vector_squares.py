@@ -32,7 +32,7 @@ from npllama.kernels import simd
 from npllama.kernels.digits import digit_lanes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
-from npllama.kernels.llvm import WIDE
+from npllama.kernels.llvm import NARROW, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import int8_lanes
 from npllama.kernels.simd_columns import columns_at, copy_first
@@ -217,7 +217,7 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
         simd.store_one(behind, STEP, step)
         simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * whole))
         total = np.float32(whole) * step
-    elif task.kind == WORDS:
+    elif NARROW and task.kind == WORDS:
         step, whole = int8_lanes(numbers, line)
         words = load_integers(line, 0)
         simd.store(line, 0, even_bytes(words))
@@ -225,7 +225,7 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
         simd.store_one(behind, STEP, step)
         simd.store_one(behind, BEGIN, np.int32(0))
         total = np.float32(whole) * step
-    elif task.kind == DIGITS:
+    elif WIDE and task.kind == DIGITS:
         step, high, middle, low = digit_lanes(numbers, line, SQUARE)
         simd.store_one(behind, STEP, step)
         simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * high))
@@ -397,7 +397,7 @@ def _spread_int8(turned: int, kind: int, out: int) -> None:
     scale = load_floats(out, squares(kind) * SQUARE + SCALE)
     for line in range(0, SQUARE, LINE):
         words = load_integers(turned, line)
-        if kind == WORDS:
+        if NARROW and kind == WORDS:
             simd.store(out, line, even_bytes(words))
             simd.store(out, SQUARE + line, odd_bytes(words))
             continue
@@ -405,7 +405,7 @@ def _spread_int8(turned: int, kind: int, out: int) -> None:
         if kind == PAIRS:
             simd.store(out, 2 * line, pair_of(a, b))
             simd.store(out, 2 * line + LINE, pair_of(c, d))
-        else:
+        elif NARROW:
             simd.store(out, 4 * line, simd.multiply(a, scale))
             simd.store(out, 4 * line + LINE, simd.multiply(b, scale))
             simd.store(out, 4 * line + 2 * LINE, simd.multiply(c, scale))
@@ -430,7 +430,7 @@ def _spread_int4(turned: int, kind: int, out: int) -> None:
             simd.store(out, 2 * line + LINE, pair_of(c, d))
             simd.store(out, SQUARE + 2 * line, pair_of(e, f))
             simd.store(out, SQUARE + 2 * line + LINE, pair_of(g, h))
-        else:
+        elif NARROW:
             simd.store(out, 4 * line, simd.fused_multiply_add(a, scale, middle))
             simd.store(out, 4 * line + LINE, simd.fused_multiply_add(b, scale, middle))
             simd.store(out, 4 * line + 2 * LINE, simd.fused_multiply_add(c, scale, middle))
