@@ -259,11 +259,8 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
     The sums of a chunk are added up by themselves. A line of each row is a group of int8, or two of int4.
     """
     store_sums(block.sums, no_sums(count))
-    per_chunk, per_line, size = (
-        _per_chunk(block.is_int4),
-        2 if block.is_int4 else 1,
-        GROUP // 2 if block.is_int4 else GROUP,
-    )
+    per_chunk = _per_chunk(block.is_int4)
+    per_line, size = (2, GROUP // 2) if block.is_int4 else (1, GROUP)
     steps, pitch, row_bytes = LINE * count, _pitch(count), size * block.groups
     for start in range(0, block.groups, per_chunk):
         stop = min(start + per_chunk, block.groups)

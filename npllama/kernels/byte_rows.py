@@ -13,9 +13,9 @@ sum of a line begins, lane by lane and exactly, with -128 times the highest digi
 int4, which then lies around zero, there remains ``(minimum + 8 scale) · sum of the token's group``, summed over the
 groups, with which the row's sum begins.
 
-Two rows, a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that a line which was loaded is
-multiplied several times. Sixteen rows are a **block**. A party passes by it in **chunks** that stay in the first-level
-cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched.
+Two rows (with narrow registers one), a **band**, meet a party of tokens at once (`npllama.kernels.simd_bytes`), so that
+a line which was loaded is multiplied several times. Sixteen rows are a **block**. A party passes by it in **chunks**
+that stay in the first-level cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched.
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
 """

@@ -32,8 +32,11 @@ PARTY = 8
 
 _LANES = 16
 _LINE = 64
+_SIXTEENTH = np.float32(1 / 16)
 #: Digits of an integer, and int4 in a word of 32 bits.
 _DIGITS, NIBBLES = 3, 8
+#: Lines that a token is to one of int8, and to one of int4.
+LINES_OF_INT8, LINES_OF_INT4 = (_DIGITS + 1, 2 * _DIGITS + 1) if WIDE else (4, NIBBLES + 1)
 #: By how much int8 and int4 are taken larger than they are, in each byte of an int32.
 _INT8_OFFSET, _INT4_OFFSET = 0x80808080 - (1 << 32), 0x08080808
 
@@ -61,9 +64,7 @@ class Tokens(NamedTuple):
 @compiled(inline=True)
 def line_bytes(is_int4: bool) -> int:
     """Return the bytes of what a token is to a line of weights."""
-    if WIDE:
-        return _LINE * ((2 if is_int4 else 1) * _DIGITS + 1)
-    return _LINE * (NIBBLES + 1 if is_int4 else 4)
+    return _LINE * (LINES_OF_INT4 if is_int4 else LINES_OF_INT8)
 
 
 @compiled(inline=True)
@@ -143,12 +144,12 @@ def _write_numbers(group: Array, half: int, is_int4: bool, address: int) -> Any:
             simd.store_one(address, 4 * j, group[j])
         return total
     for word in range(NIBBLES):
-        place, of_word = half * _LINE // 2 + 4 * word, np.float32(0)
+        place, of_word, weight = half * _LINE // 2 + 4 * word, np.float32(0), np.float32(1)
         for k in range(NIBBLES):
             number = group[4 * word + k // 2 + GROUP // 2 * (k % 2)]
             of_word += number
-            weight = np.float32(1) if k == NIBBLES - 1 else np.float32(0.0625) ** k
-            simd.store_one(address, _LINE * k + place, number * weight)
+            simd.store_one(address, _LINE * k + place, number if k == NIBBLES - 1 else number * weight)
+            weight *= _SIXTEENTH
         simd.store_one(address, _LINE * NIBBLES + place, np.float32(-8) * of_word)
         total += of_word
     return total

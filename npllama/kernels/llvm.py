@@ -20,8 +20,8 @@ intrinsic: Callable[..., Callable[..., Any]] = numba_intrinsic
 
 _declared: Any = get_or_insert_function
 
-#: Whether the processor has 32 vector registers of 64 bytes. If not, a vector is two of 16 registers of 32 bytes, and a
-#: quarter as many find room: what that means for a kernel, it says itself.
+#: Whether a vector is one of 32 registers, of 64 bytes, and its bytes are multiplied by one instruction (`PATHS`). If
+#: not, it counts as two of 16 registers, of which a quarter as many find room: a kernel says itself what that means.
 WIDE = PATHS["avx512"] <= host_features()
 #: The opposite. Behind ``if WIDE`` and ``if NARROW`` Numba compiles only what is ever reached.
 NARROW = not WIDE

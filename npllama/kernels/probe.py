@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import numba
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.llvm import WIDE
 from npllama.kernels.simd import add, add_lanes, broadcast, fused_multiply_add
@@ -43,8 +44,6 @@ _PRODUCTS = 4
 _TILE_ROWS, _TILE_BYTES = 16, 64
 _LINE_BYTES, _LINES = 64, 8
 _SUMS_OF_WORDS = 16 if WIDE else 4
-#: What words of vectors hold -> how they are multiplied (`_outer_products`), and how many products that adds to a lane.
-_WORDS: dict[str, tuple[int, int]] = {"uint16": (0, 2), "int16": (1, 2), "int8": (2, 4), "int4": (3, 4 * _LINES)}
 #: What a tile holds numbers of -> what it sums in.
 _SUMS: dict[str, type] = {"uint16": np.float32, "int8": np.int32}
 
@@ -96,10 +95,10 @@ def word_rate(numbers: str, clock: _Clock = time.perf_counter) -> float:
     clock : callable
         Returns seconds.
     """
-    lines, (kind, products) = np.zeros(_LINES * _LINE_BYTES, np.uint8), _WORDS[numbers]
+    lines, work, products = np.zeros(_LINES * _LINE_BYTES, np.uint8), address_of_words(numbers), _WORDS[numbers][1]
     sums: Array = np.empty((numba.get_num_threads(), _SUMS_OF_WORDS, _LANES), np.float32)
     begin = clock()
-    _outer_products(lines, _ROUNDS, kind, sums)
+    _outer_products(work, lines, _ROUNDS, sums)
     return 2 * sums.size * products * _ROUNDS / (clock() - begin)
 
 
@@ -282,37 +281,60 @@ def _add_dots_of_bytes(rounds: int) -> None:
 
 
 @compiled(parallel=True)
-def _outer_products(lines: Array, rounds: int, kind: int, sums: Array) -> None:
+def _outer_products(work: int, lines: Array, rounds: int, sums: Array) -> None:
     """Fill sums (threads, n, 16) with so many products of a line with words of it, or of eight with theirs, added up.
 
-    A line is 64 bytes; the kind is one of `_WORDS`. See `npllama.kernels.vector_blocks`.
+    A line is 64 bytes; ``work`` is the address of one of `_WORDS`. See `npllama.kernels.vector_blocks`.
     """
     for i in prange(sums.shape[0]):
-        if kind == 0:
-            _add_products(0, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
-        elif kind == 1:
-            _add_products(1, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
-        elif kind == 2:
-            _add_products(2, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
-        else:
-            _add_products(3, np.int64(lines.ctypes.data), rounds, np.int64(sums[i].ctypes.data))
+        call_at(work, (lines, rounds, sums[i]))
 
 
-@compiled(inline=True)
-def _add_products(kind: int, lines: int, rounds: int, sums: int) -> None:
-    """Write the sums of a literal kind; those of integers begin with words of the line."""
-    if kind == 0:
-        pairs = no_sums(_SUMS_OF_WORDS)
-        for _ in range(rounds):
-            pairs = outer_pairs(pairs, lines, lines)
-        store_sums(sums, pairs)
-    else:
-        tile = first_sums(lines, _SUMS_OF_WORDS)
-        for _ in range(rounds):
-            if kind == 1:
-                tile = outer_words(tile, lines, lines)
-            elif kind == 2:
-                tile = outer_bytes(tile, lines, lines)
-            else:
-                tile = outer_nibbles(tile, lines, lines)
-        store_sums(sums, tile)
+@compiled()
+def _add_pairs(lines: Array, rounds: int, sums: Array) -> None:
+    at, tile = np.int64(lines.ctypes.data), no_sums(_SUMS_OF_WORDS)
+    for _ in range(rounds):
+        tile = outer_pairs(tile, at, at)
+    store_sums(np.int64(sums.ctypes.data), tile)
+
+
+@compiled()
+def _add_shorts(lines: Array, rounds: int, sums: Array) -> None:
+    at = np.int64(lines.ctypes.data)
+    tile = first_sums(at, _SUMS_OF_WORDS)
+    for _ in range(rounds):
+        tile = outer_words(tile, at, at)
+    store_sums(np.int64(sums.ctypes.data), tile)
+
+
+@compiled()
+def _add_bytes(lines: Array, rounds: int, sums: Array) -> None:
+    at = np.int64(lines.ctypes.data)
+    tile = first_sums(at, _SUMS_OF_WORDS)
+    for _ in range(rounds):
+        tile = outer_bytes(tile, at, at)
+    store_sums(np.int64(sums.ctypes.data), tile)
+
+
+@compiled()
+def _add_nibbles(lines: Array, rounds: int, sums: Array) -> None:
+    at = np.int64(lines.ctypes.data)
+    tile = first_sums(at, _SUMS_OF_WORDS)
+    for _ in range(rounds):
+        tile = outer_nibbles(tile, at, at)
+    store_sums(np.int64(sums.ctypes.data), tile)
+
+
+#: What words of vectors hold -> what multiplies them, and how many products that adds to a lane.
+_WORDS: dict[str, tuple[Any, int]] = {
+    "uint16": (_add_pairs, 2),
+    "int16": (_add_shorts, 2),
+    "int8": (_add_bytes, 4),
+    "int4": (_add_nibbles, 4 * _LINES),
+}
+
+
+@cache
+def address_of_words(numbers: str) -> int:
+    """Return the address of what multiplies words, compiled when it is first asked for."""
+    return address_of(_WORDS[numbers][0], np.empty(1, np.uint8), 1, np.empty((1, 1), np.float32))

@@ -2,8 +2,8 @@
 
 A sum belongs to a row of a matrix and a token; the sums of a row are those of each token in turn. Of literally so many
 rows, ``row_bytes`` apart, a line of 64 bytes meets what each token is to it (`npllama.kernels.byte_tokens`): three
-digits, and behind them int32, with which the products' sums begin. What comes of it is multiplied by a factor, float32,
-at ``factors``; those of a sum are ``pitch`` bytes from those of the sum before.
+digits, and behind them int32, with which the products' sums begin; or, with narrow registers, float32. What comes of it
+is multiplied by a factor, float32, at ``factors``; those of a sum are ``pitch`` bytes from those of the sum before.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.byte_tokens import NIBBLES
+from npllama.kernels.byte_tokens import LINES_OF_INT4, LINES_OF_INT8, NIBBLES
 from npllama.kernels.llvm import BYTE, BYTE_VECTOR, FLOAT_VECTOR, INT_VECTOR, WIDE, call, dots_of_bytes, intrinsic
 from npllama.kernels.simd_sums import apart, load, load_splat
 
 _LINE = 64
 _DIGITS = 3
-#: Lines that a token is to one of int8 and of int4, see `npllama.kernels.byte_tokens.line_bytes`.
-_LINES, _LINES_OF_INT4 = (_DIGITS + 1, 2 * _DIGITS + 1) if WIDE else (4, 9)
 
 #: Sums that are worked on at a time: a processor begins with one while it waits for others.
 _AT_ONCE = 4
@@ -135,7 +133,7 @@ def inner_bytes(
         def factor(place: Any) -> Any:
             return load_splat(builder, place, 0, ir.FloatType())
 
-        return _added(context, builder, sums, rows.literal_value, arguments, products, _LINES, factor)
+        return _added(context, builder, sums, rows.literal_value, arguments, products, LINES_OF_INT8, factor)
 
     return sums(sums, rows, *[types.int64] * 5), code
 
@@ -174,6 +172,6 @@ def inner_nibbles(
             both = load(builder, place, 0, ir.VectorType(ir.FloatType(), 2))
             return builder.shuffle_vector(both, both, ir.Constant(INT_VECTOR, [0] * 8 + [1] * 8))
 
-        return _added(context, builder, sums, rows.literal_value, arguments, products, _LINES_OF_INT4, factor)
+        return _added(context, builder, sums, rows.literal_value, arguments, products, LINES_OF_INT4, factor)
 
     return sums(sums, rows, *[types.int64] * 5), code

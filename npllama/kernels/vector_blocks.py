@@ -4,11 +4,12 @@ The work is cut into **squares**: 16 rows of a matrix or 16 tokens of the input,
 square of the one meets a square of the other in sixteen vectors of sums, a token each, whose lanes are the rows
 (`npllama.kernels.simd_sums`). For that both are laid out word by word: a square is turned.
 
-`npllama.kernels.vector_squares` says what a word is: one float32, a pair of bfloat16 or four int8, by the **kind** of
-the product. Integer weights stay integers. The sums of a group of 64 are multiplied by what they have in common, and
-added to those of the groups before. int4, stored from 0 to 15, is taken around zero::
+`npllama.kernels.vector_squares` says what a word is, by the **kind** of the product: one float32, a pair of bfloat16 or
+of int16, or four int8. Where what enters are integers, and for pairs of bfloat16, integer weights stay integers. The
+sums of a group of 64 are multiplied by what they have in common, and added to those of the groups before. int4, stored
+from 0 to 15, is taken around zero::
 
-    y += scale · sum(q · x)                                           BYTES: x = step · integer
+    y += scale · sum(q · x)                                           BYTES, WORDS: x = step · integer
     y += scale · sum((q - 8) · x) + (minimum + 8 scale) · sum(x)      DIGITS: x = step · (65536 h + 256 m + l)
 
 A **panel** is 16 tokens, a **block** 16 rows, a **chunk** some groups that make up to 16 squares of either. The squares
@@ -40,7 +41,7 @@ from npllama.kernels.activation import _glu
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, jobs_of
-from npllama.kernels.llvm import WIDE
+from npllama.kernels.llvm import NARROW, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
 from npllama.kernels.simd_quantised import load_floats
@@ -85,13 +86,13 @@ from npllama.kernels.vector_squares import (
     pack_panel,
     place_of,
     row_bytes,
+    squares,
     stored_bytes,
     weight_bytes,
 )
 
 #: Tokens of a panel whose sums are in registers at a time: where there are sums of one kind, or of two.
 _MOST, _FEWER = (16, 8) if WIDE else (4, 4)
-_NIBBLES = 5  # how BYTES of int4 are multiplied in narrow registers
 _SUMS = SIDE * SIDE  # of a block and a panel
 #: Counters: fields and panels that were taken, panels that are laid out.
 _FIELDS, _PANELS, _PACKED = range(3)
@@ -284,15 +285,12 @@ def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums:
         _add_scaled(weights, x, groups, form, sums)
         return
     for t in range(0, SIDE, _FEWER):
-        if WIDE:
-            if kind == DIGITS:
-                _add_digits(weights, x + 4 * t, groups, form, sums + LINE * t)
-            else:
-                _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
-        elif kind == WORDS:
+        if WIDE and kind == DIGITS:
+            _add_digits(weights, x + 4 * t, groups, form, sums + LINE * t)
+        elif NARROW and kind == WORDS:
             _add_stepped(WORDS, weights, x + 4 * t, groups, form, sums + LINE * t)
         else:
-            _add_stepped(_NIBBLES, weights, x + 4 * t, groups, form, sums + LINE * t)
+            _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
 
 
 @compiled(inline=True)
@@ -310,17 +308,17 @@ def _add_scaled(weights: int, x: int, groups: int, form: int, sums: int) -> None
 def _add_stepped(kind: int, weights: int, x: int, groups: int, form: int, sums: int) -> None:
     """Do it for what is rounded to int8 and some tokens, whose sums of a group and of those before are in registers.
 
-    The kind is a literal: BYTES; or, with narrow registers, WORDS for int8 and _NIBBLES for int4.
+    The kind is a literal, WORDS or BYTES.
     """
-    totals, size = no_sums(_FEWER), (2 if kind == WORDS else 1) * SQUARE
+    totals, size = no_sums(_FEWER), squares(kind) * SQUARE
     for _ in range(groups):
         steps = x + size
         tile = _add_words(kind, first_sums(steps + BEGIN, _FEWER), weights, x)
         totals = add_stepped(totals, tile, load_floats(weights, size + SCALE), steps + STEP)
         if has_minima(form):
             totals = outer_floats(totals, weights + size + MIDDLE, steps + SUM)
-        weights += size + WEIGHT_LINES
-        x += size + INPUT_LINES
+        weights += weight_bytes(kind)
+        x += input_bytes(kind)
     add_to_memory(sums, totals)
 
 
@@ -353,7 +351,7 @@ def _add_words(kind: int, tile: Any, weights: int, x: int) -> Any:
     elif kind == WORDS:
         for at in range(0, 2 * SQUARE, LINE):
             tile = outer_words(tile, weights + at, x + at)
-    elif kind == _NIBBLES:
+    elif NARROW:  # BYTES are int4 alone
         for at in range(0, SQUARE, SQUARE // 2):
             tile = outer_nibbles(tile, weights + at, x + at)
     else:

@@ -14,11 +14,11 @@ kind        a word              what the input is rounded to                 pro
 ==========  ==================  ===========================================  =====================
 
 Three digits are as exact as float32 arithmetic, see `npllama.kernels.digits`; of them the input has three squares where
-the weights have one. Integer weights stay integers, which bfloat16 holds exactly: int4 less 8, and for bytes unsigned,
-int8 as 128 more than it is and int4 as it is stored. Behind the squares of a group of 64 numbers stand two lines with
-the scales of its rows and, for int4, their middles, ``minimum + 8 scale``; or some with the steps of its tokens, with
-the sums of their numbers, and with what their sums of bytes begin with, since the weights are taken larger than they
-are: a line for each digit.
+the weights have one. For ``FLOATS`` integer weights become the numbers that they stand for. Otherwise they stay
+integers, which bfloat16 holds exactly: int4 less 8, and for bytes unsigned, int8 as 128 more than it is and int4 as it
+is stored. Behind the squares of a group of 64 numbers stand two lines with the scales of its rows and, for int4, their
+middles, ``minimum + 8 scale``; or some with the steps of its tokens, with the sums of their numbers, and with what
+their sums of bytes begin with, since the weights are taken larger than they are: a line for each digit.
 """
 
 from __future__ import annotations

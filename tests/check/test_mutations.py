@@ -43,8 +43,9 @@ WITHOUT_KERNELS = {
 }
 
 
-#: Named or not, by how a processor's BLAS sums in float32: with AVX2 the noise comes too close. Never named otherwise.
-AT_THE_EDGE = ("router-in-low-precision", "float16")
+#: With some processors' sums a router's logit lies so near the middle of two float16 that it is rounded to either.
+#: Weights of another seed have none there, and the mistake is named by those.
+BETWEEN_ROUNDINGS = ("router-in-low-precision", "float16")
 
 
 def every_way_but(*absent: tuple[str, str]) -> pytest.MarkDecorator:
@@ -68,8 +69,9 @@ def test_float32_sees_it_at_the_right_tap_and_names_it(mistake: Mistake, way: Wa
     report = compare(wrong, reference, truth)
     assert (report.verdict, report.first_divergence, report.step) == ("differs", *visible(way, wrong, reference))
     found = diagnose(truth_model(config, "float32"), wrong)
-    if (mistake.name, way.label) == AT_THE_EDGE and found.verdict == "too noisy to say":
-        return
+    if (mistake.name, way.label) == BETWEEN_ROUNDINGS and found.verdict == "too noisy to say":
+        assert found.ranking[0].name == mistake.name
+        found = diagnose(truth_model(config, "float32", 1), candidate([(mistake.name, way.label)], config, seed=1))
     assert (found.verdict, found.name, found.way) == ("named", mistake.name, way.label)
     assert found.margin is not None
     assert found.margin > 10

@@ -56,11 +56,11 @@ def test_a_part_of_any_length_is_read_to_its_end(count: int) -> None:
 @needs_vectors
 @pytest.mark.parametrize("numbers", ["uint16", "int16", "int8", "int4"])
 def test_words_are_multiplied_and_added_as_often_as_they_are_counted(numbers: str) -> None:
-    kind, products = probe._WORDS[numbers]
-    two = {"uint16": 0x4000, "int16": 2}.get(numbers, 2)  # in either
-    lines = np.full(512, two, np.uint16 if numbers in ("uint16", "int16") else np.uint8).view(np.uint8)[:512]
+    work, products = probe.address_of_words(numbers), probe._WORDS[numbers][1]
+    two = 0x4000 if numbers == "uint16" else 2
+    lines = np.full(512, two, np.uint16 if numbers.endswith("16") else np.uint8).view(np.uint8)[:512]
     found = np.empty((2, probe._SUMS_OF_WORDS, 16), np.float32)
-    probe._outer_products(lines, 3, kind, found)
+    probe._outer_products(work, lines, 3, found)
     begun = 0 if numbers == "uint16" else lines[:4].view(np.int32)[0]  # sums of integers begin with a word of the line
     sums = found if numbers == "uint16" else found.view(np.int32)
     assert np.unique(sums).tolist() == [begun + 3 * products * 2 * 2]
