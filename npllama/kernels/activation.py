@@ -9,6 +9,7 @@ import numpy as np
 
 from npllama.dtypes import Array
 from npllama.kernels.jit import compiled, exp
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.threads import share
 
 _SILU, _RELU, _GELU, _GELU_TANH = range(4)
@@ -60,7 +61,7 @@ def _add(x: Array, y: Array, total: Array) -> None:
         total[j] = x[j] + y[j]
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _activated(x: Any, kind: int) -> Any:
     """One number through the activation. The branch is the same for a whole loop, and the compiler takes it out."""
     if kind == _SILU:

@@ -19,6 +19,7 @@ from npllama.kernels.attend_piece import _BLOCK, Piece, exp2
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.features import choose, host_features, ladder
 from npllama.kernels.jit import compiled, exp
+from npllama.kernels.subroutines import subroutine
 
 #: Taps that `attention` does not materialise: scores and probabilities live for a block of keys at a time.
 UNMATERIALISED = frozenset({"scores", "probs"})
@@ -285,7 +286,7 @@ def _do_many(
     _note(line, piece, highest, total, peaks, totals)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _piece_of(table: Array, line: Array, group: int, window: int) -> Piece:
     """Return the piece of one line of the table of pieces."""
     sequence = table[line[_SEQUENCE]]
@@ -305,7 +306,7 @@ def _piece_of(table: Array, line: Array, group: int, window: int) -> Piece:
     )
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _where_to(line: Array, piece: Piece, parts: Array, peaks: Array, context: Array) -> Any:
     """Return the array that a piece fills, parts or context, and from which row and head on."""
     if line[_SPANS] > 1:
@@ -313,7 +314,7 @@ def _where_to(line: Array, piece: Piece, parts: Array, peaks: Array, context: Ar
     return context, piece.row, piece.head
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _note(line: Array, piece: Piece, highest: Array, total: Array, peaks: Array, totals: Array) -> None:
     """Write down the peaks and totals of a part."""
     if line[_SPANS] > 1:
@@ -321,13 +322,13 @@ def _note(line: Array, piece: Piece, highest: Array, total: Array, peaks: Array,
             peaks[line[_PART], m], totals[line[_PART], m] = highest[m], total[m]
 
 
-@compiled(inline=True)
+@compiled()
 def rows_of_tile(group: int) -> int:
     """Return how many rows go through a block of keys together, where ``group`` heads share a key/value head."""
     return max(_FEW, _TILE // group)
 
 
-@compiled()
+@subroutine()
 def _pieces(table: Array, n_kv_heads: int, tile: int, window: int) -> Any:
     """Divide the work: return a row for each piece, with the columns named above, and the number of parts.
 
@@ -365,19 +366,19 @@ def _pieces(table: Array, n_kv_heads: int, tile: int, window: int) -> Any:
     return pieces, n_parts
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _first_block(length: int, count: int, window: int) -> int:
     """Return where the first block of keys begins that any of the last ``count`` of ``length`` positions sees."""
     return max(0, length - count - window + 1) // _BLOCK * _BLOCK
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _count_spans(begin: int, length: int) -> int:
     """Return in how many spans there are positions from ``begin`` to before ``length``."""
     return (length - 1) // _SPAN - begin // _SPAN + 1
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _write(
     line: Array, sequence: int, head: int, first: int, end: int, start: int, stop: int, spans: int, part: int
 ) -> None:
@@ -386,7 +387,7 @@ def _write(
     line[_START], line[_STOP], line[_SPANS], line[_PART] = start, stop, spans, part
 
 
-@compiled()
+@subroutine()
 def _merge(table: Array, pieces: Array, group: int, parts: Array, peaks: Array, totals: Array, context: Array) -> None:
     """Fill the rows of context (T, H, Dh) whose keys were split with the means of their parts.
 

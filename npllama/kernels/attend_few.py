@@ -28,7 +28,7 @@ from npllama.kernels.attend_piece import (
     _seen,
     exp2,
 )
-from npllama.kernels.jit import compiled, narrowed, widened
+from npllama.kernels.jit import narrowed, widened
 from npllama.kernels.memory import aligned
 from npllama.kernels.portable import dot_tile
 from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, store, store_one
@@ -44,6 +44,7 @@ from npllama.kernels.simd_chunks import (
 from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.simd_sums import no_sums, store_sums, totals_of
 from npllama.kernels.simd_words import bfloat16_of, rounded_pair
+from npllama.kernels.subroutines import subroutine
 
 _PARTY = 4
 _LANES = 16
@@ -87,7 +88,7 @@ class Party(NamedTuple):
     scale: np.float32
 
 
-@compiled()
+@subroutine()
 def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int) -> Any:
     """Write the context of a piece's queries, and return their peaks and totals, by which parts can be merged.
 
@@ -132,7 +133,7 @@ def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: 
     return highest, totals
 
 
-@compiled()
+@subroutine()
 def _write_lines(numbers: Array, query: int, size: int, like: Array, lines: int) -> None:
     """Write a query's numbers, whole chunks, among those of its party; see `npllama.kernels.simd_chunks`."""
     line = _LANES * 4 // like.itemsize
@@ -146,7 +147,7 @@ def _write_lines(numbers: Array, query: int, size: int, like: Array, lines: int)
             store(place, _LINE, odd)
 
 
-@compiled()
+@subroutine()
 def _read_lines(lines: int, query: int, size: int, like: Array, numbers: Array) -> None:
     """Do the opposite of `_write_lines`."""
     line = _LANES * 4 // like.itemsize
@@ -160,7 +161,7 @@ def _read_lines(lines: int, query: int, size: int, like: Array, numbers: Array) 
             store(numbers, d + _LANES, second)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, party: Party) -> None:
     """Bring a party up to date with the block of keys at ``start``.
 
@@ -176,7 +177,7 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
     _add_values(size, n_sums, piece, like, piece.values + offset, n_keys, ahead, party)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _score(size: int, piece: Piece, like: Array, keys: int, n_keys: int, ahead: int, party: Party) -> None:
     """Write a party's scores with some keys, sixteen at a time; fetch what is ``ahead`` bytes behind each key.
 
@@ -196,7 +197,7 @@ def _score(size: int, piece: Piece, like: Array, keys: int, n_keys: int, ahead: 
         store(party.scores, 4 * s * size, totals_of(tile))
 
 
-@compiled()
+@subroutine()
 def _copy(rows: int, stride: int, like: Array, count: int, head_dim: int, target: int) -> None:
     """Copy the numbers of a few positions to an address, one position behind the other."""
     stored, copies = _matrix_at(rows, like, count, stride // like.itemsize), _matrix_at(target, like, count, head_dim)
@@ -205,13 +206,13 @@ def _copy(rows: int, stride: int, like: Array, count: int, head_dim: int, target
             copies[s, d] = stored[s, d]
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _there(count: int) -> Any:
     """Return the bits of a chunk that has so many numbers, or all if there are more."""
     return np.int64(-1) if count >= _CHUNK else (np.int64(1) << count) - 1
 
 
-@compiled()
+@subroutine()
 def _hide(size: int, n_scores: int, piece: Piece, start: int, party: Party) -> None:
     """Set the scores of keys that a party's query does not see to -inf."""
     for query in range(size):
@@ -222,7 +223,7 @@ def _hide(size: int, n_scores: int, piece: Piece, start: int, party: Party) -> N
             store_one(party.scores, 4 * (s * size + query), _HIDDEN)
 
 
-@compiled()
+@subroutine()
 def _weigh(size: int, n_scores: int, like: Array, party: Party) -> None:
     """Turn a party's scores into weights, and bring its state up to date."""
     before, highest = load_floats(party.state, 0), broadcast(_LOWEST)
@@ -248,7 +249,7 @@ def _weigh(size: int, n_scores: int, like: Array, party: Party) -> None:
     store(party.state, 2 * _LINE, shrunk)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _add_values(
     size: int, n_sums: int, piece: Piece, like: Array, values: int, n_keys: int, ahead: int, party: Party
 ) -> None:
@@ -265,7 +266,7 @@ def _add_values(
 # --- in plain loops ---------------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def attend_few_plainly(
     q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int
 ) -> Any:
@@ -306,7 +307,7 @@ def attend_few_plainly(
     return peaks, totals
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _block(address: int, stride: int, count: int, spare: Array) -> Any:
     """Return a block of positions where it lies, or a shorter one in ``spare`` (block, Dh)."""
     stored = _matrix_at(address, spare, count, stride // spare.itemsize)
@@ -318,7 +319,7 @@ def _block(address: int, stride: int, count: int, spare: Array) -> Any:
     return spare
 
 
-@compiled()
+@subroutine()
 def _weigh_row(scores: Array, scale: np.float32, like: Array, peaks: Array, totals: Array, m: int) -> Any:
     """Turn one query's scores (block,) into weights, update its peak and total, and return what its sums shrink by."""
     highest = _LOWEST

@@ -28,7 +28,7 @@ from npllama.kernels.attend_piece import (
     _seen,
     exp2,
 )
-from npllama.kernels.jit import compiled, narrowed, widened
+from npllama.kernels.jit import narrowed, widened
 from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, store, to_bfloat16, transpose
@@ -37,6 +37,7 @@ from npllama.kernels.simd_panels import outer_rows, shrunk_rows
 from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.simd_sums import no_sums, store_sums
 from npllama.kernels.simd_words import bfloat16_of, rounded_pair
+from npllama.kernels.subroutines import subroutine
 
 _LANES = 32  # queries of a panel, two vectors
 _LINE = 4 * _LANES  # bytes
@@ -46,7 +47,7 @@ _SUMS = 2 * _ROWS
 _PEAKS, _TOTALS, _SHRUNK = range(3)  # rows of a panel's state
 
 
-@compiled()
+@subroutine()
 def attend_many(
     q: Array,
     scale: np.float32,
@@ -114,7 +115,7 @@ def attend_many(
 # --- layout -----------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def _stood_up(lying: Array) -> Array:
     """Return the transposes (n, B, A) of matrices (n, A, B) of words: a panel's lines are then words of all lanes."""
     n, height, width = lying.shape
@@ -127,7 +128,7 @@ def _stood_up(lying: Array) -> Array:
     return standing
 
 
-@compiled()
+@subroutine()
 def _lie_down(q: Array, piece: Piece, like: Array, pairs: Array | None, lying: Array) -> None:
     """Write a piece's queries into the rows of panels (n, lanes, N), as words of two bfloat16 if there are pairs."""
     _, n_heads, head_dim = q.shape
@@ -151,7 +152,7 @@ def _lie_down(q: Array, piece: Piece, like: Array, pairs: Array | None, lying: A
                 store(lying, m * width + d // 2, to_bfloat16(low, high))
 
 
-@compiled()
+@subroutine()
 def _keys_at(
     piece: Piece,
     start: int,
@@ -178,7 +179,7 @@ def _keys_at(
     return np.int64(block.ctypes.data), 4 * block.shape[1]
 
 
-@compiled()
+@subroutine()
 def _copy_values(
     piece: Piece, start: int, n_keys: int, head_dim: int, like: Array, pairs: Array | None, block: Array
 ) -> None:
@@ -190,7 +191,7 @@ def _copy_values(
         _pair_up(address, piece.stride, like, n_keys, head_dim, block)
 
 
-@compiled()
+@subroutine()
 def _widen(address: int, stride: int, like: Array, count: int, width: int, block: Array) -> None:
     """Copy the first ``width`` numbers of ``count`` positions into a block of float32."""
     stored = _matrix_at(address, like, count, stride // like.itemsize)
@@ -199,7 +200,7 @@ def _widen(address: int, stride: int, like: Array, count: int, width: int, block
             block[s, d] = widened(stored[s, d])
 
 
-@compiled()
+@subroutine()
 def _copy(address: int, stride: int, like: Array, count: int, width: int, block: Array) -> None:
     """Copy the first ``width`` numbers of ``count`` positions, bfloat16, into a block of words of two."""
     stored = _matrix_at(address, like, count, stride // like.itemsize)
@@ -209,7 +210,7 @@ def _copy(address: int, stride: int, like: Array, count: int, width: int, block:
             copies[s, d] = stored[s, d]
 
 
-@compiled()
+@subroutine()
 def _pair_up(address: int, stride: int, like: Array, count: int, width: int, block: Array) -> None:
     """Do the same into words (block/2, width) of two positions, the first in the lower half; there may be no second."""
     stored = _matrix_at(address, like, count, stride // like.itemsize)
@@ -222,7 +223,7 @@ def _pair_up(address: int, stride: int, like: Array, count: int, width: int, blo
             words[count // 2, d] = np.uint32(stored[count - 1, d])
 
 
-@compiled()
+@subroutine()
 def _deliver(contexts: Array, state: Array, piece: Piece, head_dim: int, context: Array, row: int, head: int) -> None:
     """Write the sums of panels (n, lanes, N), divided by their totals, to context (T, H, Dh) from a row and head on."""
     for m in range(piece.rows * piece.group):
@@ -232,7 +233,7 @@ def _deliver(contexts: Array, state: Array, piece: Piece, head_dim: int, context
             context[row + m // piece.group, head + m % piece.group, d] = contexts[panel, lane, d] * part
 
 
-@compiled()
+@subroutine()
 def _hide(scores: Array, piece: Piece, first_query: int, start: int, height: int) -> None:
     """Set the scores (height, lanes) of keys that a lane's query does not see to -inf."""
     for lane in range(_LANES):
@@ -246,7 +247,7 @@ def _hide(scores: Array, piece: Piece, first_query: int, start: int, height: int
 # --- in vector registers ----------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def _score(
     row: int, pitch: int, queries: Array, head_dim: int, height: int, pairs: Array | None, scores: Array
 ) -> None:
@@ -265,7 +266,7 @@ def _score(
         out += _ROWS * _LINE
 
 
-@compiled()
+@subroutine()
 def _weigh(scores: Array, height: int, scale: np.float32, like: Array, pairs: Array | None, state: Array) -> None:
     """Turn scores (height, lanes) into weights, or words of pairs of them, and bring a panel's state up to date."""
     place, at = np.int64(scores.ctypes.data), np.int64(state.ctypes.data)
@@ -295,7 +296,7 @@ def _weigh(scores: Array, height: int, scale: np.float32, like: Array, pairs: Ar
         store(at, lane + _LINE * _SHRUNK, shrunk)
 
 
-@compiled()
+@subroutine()
 def _add_values(
     values: Array, weights: Array, head_dim: int, height: int, pairs: Array | None, state: Array, sums: Array
 ) -> None:
@@ -315,7 +316,7 @@ def _add_values(
 # --- in plain loops ---------------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def _lie_down_plainly(q: Array, piece: Piece, like: Array, lying: Array) -> None:
     """Do `_lie_down` in plain loops."""
     for m in range(piece.rows * piece.group):
@@ -324,14 +325,14 @@ def _lie_down_plainly(q: Array, piece: Piece, like: Array, lying: Array) -> None
             lying[m // _LANES, m % _LANES, d] = widened(narrowed(number, like))
 
 
-@compiled()
+@subroutine()
 def _score_plainly(keys: Array, queries: Array, height: int, scores: Array) -> None:
     """Do `_score` in plain loops."""
     scores[:height] = _ZERO
     add_product_plainly(keys, queries, height, keys.shape[1], scores)
 
 
-@compiled()
+@subroutine()
 def _weigh_plainly(scores: Array, height: int, scale: np.float32, like: Array, state: Array) -> None:
     """Do `_weigh` in plain loops."""
     highest = np.full(_LANES, _LOWEST)
@@ -350,7 +351,7 @@ def _weigh_plainly(scores: Array, height: int, scale: np.float32, like: Array, s
             state[_TOTALS, lane] += weight
 
 
-@compiled()
+@subroutine()
 def _add_values_plainly(values: Array, weights: Array, height: int, state: Array, sums: Array) -> None:
     """Do `_add_values` in plain loops."""
     for d in range(sums.shape[0]):
@@ -359,7 +360,7 @@ def _add_values_plainly(values: Array, weights: Array, height: int, state: Array
     add_product_plainly(values.T, weights, sums.shape[0], height, sums)
 
 
-@compiled()
+@subroutine()
 def add_product_plainly(a: Array, b: Array, height: int, depth: int, c: Array) -> None:
     """Add a (P, N) · b (N, lanes) to c (P, lanes) in as many rows, and over as much of N, as the numbers say.
 

@@ -24,6 +24,7 @@ from numba.np import arrayobj
 from npllama.kernels.jit import compiled
 from npllama.kernels.simd import broadcast, maximum, multiply, nearest, power_of_two
 from npllama.kernels.simd import fused_multiply_add as fma
+from npllama.kernels.subroutines import subroutine
 
 _BLOCK = 64  # keys at a time: they, their values, a panel and its scores fit into a first-level cache
 _LOWEST = np.float32(-3e38)  # below every score, but finite: the difference of two is no NaN
@@ -112,7 +113,7 @@ def exp2(x: Any) -> Any:
     return p * np.uint32((np.int32(n) + 127) << 23).view(np.float32)  # 2**n, by its exponent bits
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _exp2_lanes(x: Any) -> Any:
     """Do `exp2` to a vector."""
     x = maximum(broadcast(_SMALLEST), x)
@@ -128,7 +129,7 @@ def _exp2_lanes(x: Any) -> Any:
     return multiply(p, power_of_two(n))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _seen(piece: Piece, m: int, start: int) -> Any:
     """Return which of a block's keys [first, end) query m of a piece sees."""
     position = piece.position + m // piece.group

@@ -28,7 +28,7 @@ import numpy as np
 
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
-from npllama.kernels.by_address import address_of
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_rows import Rows, rows_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
@@ -37,6 +37,7 @@ from npllama.kernels.rounded import int8_lanes
 from npllama.kernels.simd_columns import add_bytes, add_nibbles
 from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.simd_sums import add_stepped, add_to_memory, first_sums, no_sums, outer_floats, store_sums
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_rows import tokens_of
 from npllama.kernels.vector_squares import (
     BYTES,
@@ -109,39 +110,46 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     is_int4, groups = PACKINGS[weights[0].dtype].has_minima, n_groups(x.shape[1])
     tokens = aligned(tokens_bytes(groups, len(x)), _BYTE)
     round_tokens(np.ascontiguousarray(x), is_int4, tokens)
-    arguments = tokens, len(x), groups, is_int4
+    arguments = tokens, len(x), groups, is_int4, address_of_block()
     deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work())
 
 
 @cache
 def _address_of_work() -> int:
     """Return the address of `_multiply_blocks`."""
-    return address_of(_multiply_blocks, (_BYTE, 1, 1, True), np.empty((1, 6), np.int64), 1, 1)
+    return address_of(_multiply_blocks, (_BYTE, 1, 1, True, 1), np.empty((1, 6), np.int64), 1, 1)
+
+
+@cache
+def address_of_block() -> int:
+    """Return the address of `multiply_block`."""
+    rows = Rows(1, 1, 1)
+    return address_of(multiply_block, rows, 1, True, _BYTE, 1, rows, _FLOAT, 1, 1)
 
 
 @compiled()
 def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
-    tokens, n_new, groups, is_int4 = arguments
+    tokens, n_new, groups, is_int4, work = arguments
     room = aligned(room_size(groups), _FLOAT)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
         row = min(first, job[ROWS] - BLOCK)
         rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), row, groups, is_int4)
         ahead, output = rows_at(rows, BLOCK, groups, is_int4), job[OUTPUT] + 4 * row
-        multiply_block(rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS])
+        call_at(work, (rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS]))
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _pitch(count: int) -> int:
     """Return the bytes from the steps of so many tokens to what their sums begin with, and from there to their sums."""
     return 4 * max(count, _FOUR)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _group_bytes(count: int) -> int:
     """Return the bytes of a group of so many tokens: a line of integers each, and behind them three numbers each."""
     return LINE * count + max(LINE, 4 * _pitch(count))
@@ -186,7 +194,7 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def room_size(groups: int) -> int:
     """Return how many numbers `multiply_block` needs for sums, factors and a line of each row, in whole cache lines."""
     return (LINE * PARTY + WEIGHT_LINES * groups + SQUARE) // 4
@@ -246,13 +254,13 @@ def multiply_block(
         ahead = rows  # once is enough
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _per_chunk(is_int4: bool) -> int:
     """Return how many groups are added up by themselves, which decides the bits: as many as among many tokens."""
     return chunk_groups(BYTES) if is_int4 else chunk_groups(INT8_KIND)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _multiply_party(count: int, block: Block, x: int) -> None:
     """Fill the sums of literally so many tokens, which begin at an address.
 
@@ -284,14 +292,14 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
         add_to_memory(block.sums, totals)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _copy_lines(rows: int, row_bytes: int, lines: int) -> None:
     """Copy a line of each row, one behind the other."""
     for r in range(BLOCK):
         simd.store(lines, LINE * r, simd.load_bytes(rows + r * row_bytes, 0))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _fetch(block: Block, start: int, stop: int) -> None:
     """Fetch a chunk's share of the scales and minima that are needed next."""
     for place in range(2 * BLOCK * start, 2 * BLOCK * stop, LINE):

@@ -31,7 +31,7 @@ import numpy as np
 
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
-from npllama.kernels.by_address import address_of
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
@@ -40,6 +40,7 @@ from npllama.kernels.memory import aligned
 from npllama.kernels.simd_bytes import inner_bytes, inner_nibbles
 from npllama.kernels.simd_quantised import load_first_bfloat16, load_floats, load_half
 from npllama.kernels.simd_sums import add_products_at, no_sums, store_sums, store_totals, sums_at
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_rows import tokens_of
 
 #: Tokens at most.
@@ -102,7 +103,7 @@ class Chunk(NamedTuple):
     coming_line: int
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def rows_at(weights: Rows, row: int, groups: int, is_int4: bool) -> Rows:
     """Return the rows from ``row`` on."""
     data, scales = GROUP // 2 * groups if is_int4 else GROUP * groups, 2 * groups
@@ -123,30 +124,37 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     is_int4, groups = PACKINGS[weights[0].dtype].has_minima, n_groups(x.shape[1])
     tokens = aligned(tokens_bytes(groups, is_int4, len(x)), np.empty(0, np.int8))
     take_apart(np.ascontiguousarray(x), is_int4, tokens)
-    arguments = tokens, len(x), groups, is_int4
+    arguments = tokens, len(x), groups, is_int4, address_of_block()
     deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work())
 
 
 @cache
 def _address_of_work() -> int:
     """Return the address of `_multiply_blocks`."""
-    return address_of(_multiply_blocks, (np.empty(1, np.int8), 1, 1, True), np.empty((1, 6), np.int64), 1, 1)
+    return address_of(_multiply_blocks, (np.empty(1, np.int8), 1, 1, True, 1), np.empty((1, 6), np.int64), 1, 1)
+
+
+@cache
+def address_of_block() -> int:
+    """Return the address of `multiply_block`."""
+    rows, tokens, room = Rows(1, 1, 1), np.empty(1, np.int8), np.empty(1, np.float32)
+    return address_of(multiply_block, rows, 1, True, tokens, 1, rows, room, 1, 1)
 
 
 @compiled()
 def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
-    tokens, n_new, groups, is_int4 = arguments
+    tokens, n_new, groups, is_int4, work = arguments
     room = aligned(room_size(groups), np.empty(0, np.float32))
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
         row = min(first, job[ROWS] - BLOCK)
         rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), row, groups, is_int4)
         ahead, output = rows_at(rows, BLOCK, groups, is_int4), job[OUTPUT] + 4 * row
-        multiply_block(rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS])
+        call_at(work, (rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS]))
 
 
-@compiled()
+@subroutine()
 def room_size(groups: int) -> int:
     """Return how many numbers `multiply_block` needs for a party's products, sums and factors, and last lines."""
     return BLOCK * (PARTY * (1 + _LANES) + _LANES) + _SUMS_OF_EIGHT * (groups + 2 * _LANES)
@@ -197,7 +205,7 @@ def multiply_block(
         ahead = rows  # once is enough
 
 
-@compiled()
+@subroutine()
 def _last_lines(rows: Rows, groups: int, room: Array) -> Any:
     """Copy the last group of sixteen rows of int4, half a line, to lines filled up with zeros, and return where.
 
@@ -210,7 +218,7 @@ def _last_lines(rows: Rows, groups: int, room: Array) -> Any:
     return spare
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _multiply_party(
     rows: Rows,
     groups: int,
@@ -256,7 +264,7 @@ def _multiply_party(
         store_totals(totals + 4 * r, sums_at(sums + r * _LINE, BLOCK))
 
 
-@compiled()
+@subroutine()
 def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, count: int) -> None:
     """Add a chunk's products to the sums, or begin them with those of the first chunk."""
     if count == _ONE:
@@ -267,7 +275,7 @@ def _add_chunk(chunk: Chunk, tokens: Tokens, is_int4: bool, count: int) -> None:
         _add(_EIGHT, _SUMS_OF_EIGHT, chunk, tokens, is_int4)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool) -> None:
     """Do `_add_chunk` for literally so many tokens, and sums of a band."""
     pitch = (chunk.n_here + _LANES) // _LANES * _LANES * 4
@@ -301,14 +309,14 @@ def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool) -
         store_sums(sums, tile)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _fetch(chunk: Chunk, coming: int, line: int) -> None:
     """Fetch a line of each row of the band that comes."""
     for row in range(_BAND):
         simd.prefetch(coming + row * chunk.coming_row, line * chunk.coming_line)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
     """Fetch the scales and minima of a band."""
     for place in range(0, _BAND * groups * 2, _LINE):
@@ -317,7 +325,7 @@ def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
             simd.prefetch(rows.minima, place)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _begin(n_sums: int, rows: Rows, chunk: Chunk, tokens: Tokens, is_int4: bool) -> Any:
     """Return what literally so many sums of a band begin with, see above; the room of its factors is free for it."""
     sums = no_sums(n_sums)
@@ -330,14 +338,14 @@ def _begin(n_sums: int, rows: Rows, chunk: Chunk, tokens: Tokens, is_int4: bool)
     return sums
 
 
-@compiled()
+@subroutine()
 def _middles(row: Rows, first: int, groups: int) -> Any:
     """Return ``minimum + 8 scale`` of sixteen groups of a row, zeros where it has no more."""
     scales, eight = _bfloat16_at(row.scales + 2 * first, groups - first), simd.broadcast(np.float32(8))
     return simd.add(simd.multiply(scales, eight), _bfloat16_at(row.minima + 2 * first, groups - first))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _weigh(count: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) -> None:
     """Write ``scale · step`` of a band and literally so many tokens for the groups of a chunk."""
     for r in range(_BAND):
@@ -349,7 +357,7 @@ def _weigh(count: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) ->
                 simd.store(chunk.factors + (r * count + t) * pitch, 4 * g, simd.multiply(scale, step))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _bfloat16_at(address: int, count: int) -> Any:
     """Return sixteen numbers, the first ``count`` from memory, behind which there may be none, and zeros."""
     return simd.load_bfloat16(address, 0) if count >= _LANES else load_first_bfloat16(address, 0, count)

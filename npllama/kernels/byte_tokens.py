@@ -25,6 +25,7 @@ from npllama.kernels.digits import integers_of
 from npllama.kernels.jit import compiled
 from npllama.kernels.llvm import WIDE
 from npllama.kernels.simd_quantised import shift_right, store_low_bytes, subtract
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_rows import tokens_of
 
 #: Tokens of a party, at most.
@@ -61,24 +62,24 @@ class Tokens(NamedTuple):
     pitch: int
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def line_bytes(is_int4: bool) -> int:
     """Return the bytes of what a token is to a line of weights."""
     return _LINE * (LINES_OF_INT4 if is_int4 else LINES_OF_INT8)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def count_lines(groups: int, is_int4: bool) -> int:
     """Return how many lines a row of so many groups has; the last one may be half of one."""
     return (groups + 1) // 2 if is_int4 else groups
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _pitch(groups: int) -> int:
     return (groups + _LANES) // _LANES * _LANES * 4  # one number more at least: the second group of a half line
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _party_bytes(groups: int, is_int4: bool, count: int) -> int:
     return count * (count_lines(groups, is_int4) * line_bytes(is_int4) + 2 * _pitch(groups))
 
@@ -92,7 +93,7 @@ def tokens_bytes(groups: int, is_int4: bool, n_new: int) -> int:
     return size + (_party_bytes(groups, is_int4, tokens_of(rest)) if rest > 0 else 0) + _LINE
 
 
-@compiled()
+@subroutine()
 def party_at(address: int, groups: int, is_int4: bool, first: int, n_new: int) -> Tokens:
     """Return where the parts of the party are that begins with the token ``first`` of ``n_new``."""
     address += first // PARTY * _party_bytes(groups, is_int4, PARTY)
@@ -131,7 +132,7 @@ def take_apart(x: Array, is_int4: bool, room: Array) -> None:
                 simd.store_one(party.sums, number, _write_numbers(group, g % 2 if is_int4 else 0, is_int4, address))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _write_numbers(group: Array, half: int, is_int4: bool, address: int) -> Any:
     """Write 64 numbers as they are, for int4 to one half of each line; return their sum.
 
@@ -155,7 +156,7 @@ def _write_numbers(group: Array, half: int, is_int4: bool, address: int) -> Any:
     return total
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _write_digits(integers: Array, half: int, is_int4: bool, address: int) -> None:
     """Write the digits of a group's integers (64,) to lines, for int4 to one half of each.
 
@@ -173,7 +174,7 @@ def _write_digits(integers: Array, half: int, is_int4: bool, address: int) -> No
             numbers = shift_right(simd.add(numbers, carry), 8)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _write_begin(is_int4: bool, address: int) -> None:
     """Write what the sums of a line begin with behind its digits: less what the weights are taken too large by."""
     nothing, size = simd.broadcast(np.int32(0)), line_bytes(is_int4) - _LINE

@@ -35,6 +35,7 @@ from npllama.kernels.simd_quantised import (
     sum_of_lanes,
     to_integers,
 )
+from npllama.kernels.subroutines import subroutine
 
 #: Bytes of the digits of a group of one token.
 GROUP_BYTES = 3 * GROUP
@@ -88,7 +89,7 @@ def _pack_shared(x: Array, columns: int, panels: int, groups: int, digits: Array
         _pack_panel(x, columns, panel, groups, digits, steps, sums)
 
 
-@compiled()
+@subroutine()
 def _pack_panel(x: Array, columns: int, panel: int, groups: int, digits: Array, steps: Array, sums: Array) -> None:
     group = np.zeros(GROUP, np.float32)
     words, packed = np.empty((3, 16), np.int32), digits.view(np.int32)  # four digits a word
@@ -108,7 +109,7 @@ def _pack_panel(x: Array, columns: int, panel: int, groups: int, digits: Array, 
                     packed[at + columns * (16 * digit + k)] = words[digit, k]
 
 
-@compiled()
+@subroutine()
 def _split(group: Array, digits: Array) -> tuple[np.float32, np.float32]:
     """Fill the digits (3, 64) of 64 numbers; return their step and the sum of what the digits stand for."""
     integers = np.empty(GROUP, np.int32)
@@ -145,7 +146,7 @@ def integers_of(group: Array, integers: Array) -> tuple[np.float32, np.int32]:
     return largest / _LARGEST, total
 
 
-@compiled()
+@subroutine()
 def digit_lanes(numbers: int, lines: int, apart: int) -> Any:
     """Take 64 float32 at an address apart, in vector registers by name.
 
@@ -172,7 +173,7 @@ def digit_lanes(numbers: int, lines: int, apart: int) -> Any:
     return divided(largest, _LARGEST), high, middle, low
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _upper(integers: Any) -> Any:
     """Return what is left of integers without their lowest digit, -128 to 127."""
     return shift_right(simd.add(integers, simd.broadcast(np.int32(128))), 8)

@@ -12,6 +12,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels.by_address import call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.memory import address
+from npllama.kernels.subroutines import subroutine
 
 #: Storage type -> its number in compiled functions.
 FORMS = {"bfloat16": 0, "int8": 1, "int4": 2, "float32": 3}
@@ -36,7 +37,7 @@ def count_blocks(jobs: Array, size: int) -> Any:
     return jobs[-1, FIRST] + (jobs[-1, ROWS] + size - 1) // size
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def job_of(jobs: Array, block: int, size: int) -> Any:
     """Return the line of a block's matrix, and the block's first row there."""
     line = 0

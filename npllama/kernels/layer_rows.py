@@ -10,14 +10,15 @@ that asks for it. There are four ways to multiply, of which a model on a process
 ``rounded``  int8, int4  the input is rounded to int8, see `npllama.kernels.byte_columns`
 ===========  ==========  =============================================================
 
-A way is two functions, one to prepare an input and one to multiply, which are called by their addresses. A table says
-which they are for each storage type. So what calls them is compiled once for all ways, and a way that is not used, for
-which a processor may lack the instructions, is not compiled at all.
+A way is two functions, one to prepare an input and one to multiply, which are called by their addresses; the latter may
+call a third one for each block of rows. A table says which they are for each storage type. So what calls them is
+compiled once for all ways, and a way that is not used, for which a processor may lack the instructions, is not compiled
+at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import round_bits
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import _BLOCK, _PARTS, _SQUARE, _STEP, _deliver, _multiply_block, _pack_panel, _split
 
 _BFLOAT16, _INT8, _INT4, _ = FORMS.values()
@@ -40,12 +42,12 @@ _BFLOAT16, _INT8, _INT4, _ = FORMS.values()
 _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 
 #: Columns of a table of ways: the addresses of its functions.
-_PREPARE, _MULTIPLY = range(2)
+_PREPARE, _MULTIPLY, _BLOCKS = range(3)
 
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
-#: Rows of integers that are multiplied together.
-_BLOCK_OF_BYTES = byte_rows.BLOCK
+#: Rows of a block.
+_SIDE = 16
 
 
 class Part(NamedTuple):
@@ -83,7 +85,7 @@ class Inputs(NamedTuple):
     kind: int
 
 
-@compiled()
+@subroutine()
 def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -> Inputs:
     """Return room for inputs (T, N) of up to so many numbers a row."""
     groups = (widest + GROUP - 1) // GROUP
@@ -104,7 +106,7 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -
     )
 
 
-@compiled()
+@subroutine()
 def part_of(layer: Array, matrix: int, row: int, width: int) -> Part:
     """Return a part of a matrix of a layer (a line of the table) from a row on."""
     form, data = layer[_FORM + matrix], layer[_DATA + matrix]
@@ -115,20 +117,20 @@ def part_of(layer: Array, matrix: int, row: int, width: int) -> Part:
     return Part(form, width, rows_at(whole, row, (width + GROUP - 1) // GROUP, form == _INT4))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def no_part() -> Part:
     """Return a part without rows."""
     return Part(0, 0, Rows(0, 0, 0))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _row_bytes(part: Part) -> int:
     """Return the bytes of a row's numbers, without scales."""
     groups = (part.width + GROUP - 1) // GROUP
     return 2 * part.width if part.form == _BFLOAT16 else groups * (GROUP // 2 if part.form == _INT4 else GROUP)
 
 
-@compiled()
+@subroutine()
 def fetch(part: Part) -> None:
     """Fetch a part from memory: its numbers, and the scales and minima, which are bfloat16."""
     for line in range(0, ROWS * _row_bytes(part), 64):
@@ -139,7 +141,7 @@ def fetch(part: Part) -> None:
             simd.prefetch(part.rows.minima, line)
 
 
-@compiled()
+@subroutine()
 def prepare(x: Array, layer: Array, first: int, stop: int, inputs: Inputs, ways: Array) -> None:
     """Prepare what enters the matrices of a layer from ``first`` to before ``stop``: x (T, N)."""
     if inputs.rounded.size > 0:
@@ -153,10 +155,10 @@ def prepare(x: Array, layer: Array, first: int, stop: int, inputs: Inputs, ways:
             call_at(ways[form, _PREPARE], (x, form, inputs))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def multiply_part(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, ways: Array) -> None:
     """Fill a block (T, rows), flat, with the input times a part; fetch another one meanwhile."""
-    call_at(ways[part.form, _MULTIPLY], (n_new, part, ahead, inputs, block))
+    call_at(ways[part.form, _MULTIPLY], (n_new, part, ahead, inputs, block, ways[part.form, _BLOCKS]))
 
 
 # --- the ways: functions of the same arguments ------------------------------------------------------------------
@@ -192,40 +194,28 @@ def _prepare_rounded(x: Array, form: int, inputs: Inputs) -> None:
 
 
 @compiled()
-def _multiply_exact(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
-    _multiply_bytes(n_new, part, ahead, inputs, block, byte_rows.multiply_block)
-
-
-@compiled()
-def _multiply_rounded(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
-    _multiply_bytes(n_new, part, ahead, inputs, block, byte_columns.multiply_block)
-
-
-@compiled(inline=True)
-def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, multiply_block: Any) -> None:
+def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, work: int) -> None:
     """Multiply blocks of 16 rows, one after the other."""
     groups, is_int4, tokens = (part.width + GROUP - 1) // GROUP, part.form == _INT4, inputs.tokens[part.form - 1]
-    for first in range(0, ROWS, _BLOCK_OF_BYTES):
+    for first in range(0, ROWS, _SIDE):
         rows = rows_at(part.rows, first, groups, is_int4)
-        coming = rows_at(rows, _BLOCK_OF_BYTES, groups, is_int4)
-        if first + _BLOCK_OF_BYTES == ROWS and ahead.width > 0:
+        coming = rows_at(rows, _SIDE, groups, is_int4)
+        if first + _SIDE == ROWS and ahead.width > 0:
             coming = ahead.rows
         output = np.int64(block.ctypes.data) + 4 * first
-        multiply_block(rows, groups, is_int4, tokens, n_new, coming, inputs.scratch, output, 4 * ROWS)
+        call_at(work, (rows, groups, is_int4, tokens, n_new, coming, inputs.scratch, output, 4 * ROWS))
 
 
 @compiled()
-def _multiply_vectors(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
-    """Multiply blocks of 16 rows."""
+def _multiply_vectors(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, work: int) -> None:
+    """Multiply blocks of 16 rows, one after the other."""
     row, output, token = _row_bytes(part), np.int64(block.ctypes.data), 4 * ROWS
-    for first in range(0, ROWS, vector_rows.BLOCK):
-        rows = part.rows.data + row * first
-        coming, size = rows + vector_rows.BLOCK * row, row
-        if first + vector_rows.BLOCK == ROWS:
+    for first in range(0, ROWS, _SIDE):
+        rows, out = part.rows.data + row * first, output + 4 * first
+        coming, size = rows + _SIDE * row, row
+        if first + _SIDE == ROWS:
             coming, size = ahead.rows.data, _row_bytes(ahead)
-        vector_rows.multiply_block(
-            rows, part.width, inputs.kind, inputs.lines, n_new, coming, size, inputs.scratch, output + 4 * first, token
-        )
+        call_at(work, (rows, part.width, inputs.kind, inputs.lines, n_new, coming, size, inputs.scratch, out, token))
 
 
 @compiled()
@@ -246,19 +236,19 @@ def _prepare_tiles(x: Array, form: int, inputs: Inputs) -> None:
 
 
 @compiled()
-def _multiply_tiles(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array) -> None:
+def _multiply_tiles(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, work: int) -> None:
     width, scratch = part.width, inputs.scratch
     rows_ahead = min(ROWS, (ROWS * _row_bytes(ahead) + 2 * width - 1) // (2 * width))
     _multiply_block(part.rows.data, width, inputs.panel, n_new, ahead.rows.data, rows_ahead, scratch)
     _deliver(scratch, np.int64(block.ctypes.data), 4 * ROWS, n_new)
 
 
-#: The ways by their names: what prepares an input, what multiplies.
-_WAYS: dict[str, tuple[Any, Any]] = {
-    "tiles": (_prepare_tiles, _multiply_tiles),
-    "vectors": (_prepare_vectors, _multiply_vectors),
-    "exact": (_prepare_exact, _multiply_exact),
-    "rounded": (_prepare_rounded, _multiply_rounded),
+#: The ways by their names: what prepares an input, what multiplies, and what tells where blocks are multiplied.
+_WAYS: dict[str, tuple[Any, Any, Callable[[], int] | None]] = {
+    "tiles": (_prepare_tiles, _multiply_tiles, None),
+    "vectors": (_prepare_vectors, _multiply_vectors, vector_rows.address_of_block),
+    "exact": (_prepare_exact, _multiply_bytes, byte_rows.address_of_block),
+    "rounded": (_prepare_rounded, _multiply_bytes, byte_columns.address_of_block),
 }
 
 
@@ -272,18 +262,19 @@ def table_of(ways: Mapping[str, str], x: Array, inputs: Inputs, block: Array) ->
     x, inputs, block
         Of the types that the functions will be called with.
     """
-    table, part = np.zeros((len(FORMS), 2), np.int64), Part(1, 1, Rows(1, 1, 1))
+    table, part = np.zeros((len(FORMS), 3), np.int64), Part(1, 1, Rows(1, 1, 1))
     for dtype, way in ways.items():
-        preparing, multiplying = _WAYS[way]
+        preparing, multiplying, of_block = _WAYS[way]
+        table[FORMS[dtype], _BLOCKS] = 0 if of_block is None else of_block()
         table[FORMS[dtype], _PREPARE] = address_of(preparing, x, 1, inputs)
-        table[FORMS[dtype], _MULTIPLY] = address_of(multiplying, 1, part, part, inputs, block)
+        table[FORMS[dtype], _MULTIPLY] = address_of(multiplying, 1, part, part, inputs, block, 1)
     return table
 
 
 # --- what becomes of a block ------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def add_residual(block: Array, x: Array, row: int) -> None:
     """Add columns of x (T, M) from ``row`` on to a block (T, rows)."""
     for at in range(0, block.shape[0], 16):
@@ -291,7 +282,7 @@ def add_residual(block: Array, x: Array, row: int) -> None:
         simd.store(block, at, simd.add(simd.load(x, place), simd.load(block, at)))
 
 
-@compiled()
+@subroutine()
 def copy_block(block: Array, y: Array, row: int, skipped: int) -> None:
     """Write a block (T, rows) to columns of y (T, M) from ``row`` on, without the first few."""
     for t in range(y.shape[0]):

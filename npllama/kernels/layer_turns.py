@@ -28,6 +28,7 @@ from npllama.kernels.layer_units import (
     units_of,
 )
 from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
+from npllama.kernels.subroutines import subroutine
 
 #: Numbers from one counter to the next: none shares its cache lines with another.
 APART = 16
@@ -78,7 +79,7 @@ def count_units(plan: Plan, sequences: Array, windows: Array) -> Any:
     return starts, _pieces(sequences, plan.n_kv_heads, tile, np.int64(_UNLIMITED))[1]
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _queries_of_a_tile(plan: Plan) -> int:
     return rows_of_tile(plan.n_heads // plan.n_kv_heads)
 
@@ -177,7 +178,7 @@ def take_units(
         call_at(works.end, ())
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _phase_of(unit: int, phase: int, starts: Array) -> int:
     """Return the phase of a unit, looked for from an earlier phase on."""
     while starts[phase + 1] <= unit:
@@ -185,7 +186,7 @@ def _phase_of(unit: int, phase: int, starts: Array) -> int:
     return phase
 
 
-@compiled()
+@subroutine()
 def _block_of(plan: Plan, unit: int, phase: int, starts: Array) -> Any:
     """Return which rows a unit of a phase has, counted in units.
 
@@ -197,7 +198,7 @@ def _block_of(plan: Plan, unit: int, phase: int, starts: Array) -> Any:
     return part * (n_units // plan.n_threads) + min(part, n_units % plan.n_threads) + place
 
 
-@compiled()
+@subroutine()
 def _await(plan: Plan, counters: Array, layer: Array, kind: int, phase: int, unit: int, starts: Array) -> None:
     """Wait until the phase before a unit's is finished; meanwhile fetch the unit's weights from memory."""
     if phase == 0 or load_acquire(counters, APART * phase) == starts[phase] - starts[phase - 1]:

@@ -26,6 +26,7 @@ from npllama.kernels.layer_rows import (
 )
 from npllama.kernels.norm import _rms_norm
 from npllama.kernels.rope import _apply_rope
+from npllama.kernels.subroutines import subroutine
 
 #: The matrices of a layer, in the order of the columns of a table of layers; behind those of
 #: `npllama.kernels.layer_rows` come the addresses of their biases, then those of the vectors of the norms.
@@ -123,13 +124,13 @@ def own_of(plan: Plan, sequences: Array, like: Array) -> Own:
     )
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def units_of(m: int) -> int:
     """Return how many units a matrix of M rows is."""
     return (m + ROWS - 1) // ROWS
 
 
-@compiled()
+@subroutine()
 def _place(plan: Plan, kind: int, block: int) -> Any:
     """Return of a unit of rows: its matrix, N, its first row, and how many rows from there belong to the unit before.
 
@@ -154,7 +155,7 @@ def _place(plan: Plan, kind: int, block: int) -> Any:
     return matrix, n, row, ROWS * block - row
 
 
-@compiled()
+@subroutine()
 def parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
     """Return the parts of matrices that a unit multiplies: one, two or none."""
     if kind == ATTEND:
@@ -163,7 +164,7 @@ def parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
     return part_of(layer, matrix, row, n), part_of(layer, np.int64(_W3), row, n) if kind == GATE_UP else no_part()
 
 
-@compiled()
+@subroutine()
 def enter_attention(plan: Plan, own: Own, sequences: Array, layer: int, tile: int, windows: Array) -> Array:
     """Bring the thread's table of sequences to a layer, and return the pieces of attention there."""
     for i in range(len(sequences)):
@@ -198,7 +199,7 @@ def enter_product(
         prepare(shared.act, layer, np.int64(_W2), np.int64(_W2 + 1), inputs, ways)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _vector(address: int, size: int, like: Array) -> Any:
     return _matrix_at(address, like, 1, size)[0]
 
@@ -235,14 +236,14 @@ def multiply_unit(
         copy_block(own.block, shared.x, row, skipped)
 
 
-@compiled()
+@subroutine()
 def _add_bias(block: Array, bias: int, like: Array) -> None:
     numbers = _vector(bias, ROWS, like)
     for at in range(0, block.shape[0], 16):
         simd.store(block, at, simd.add(simd.load(block, at), simd.load(numbers, at % ROWS)))
 
 
-@compiled()
+@subroutine()
 def append(
     plan: Plan,
     shared: Shared,

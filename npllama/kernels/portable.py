@@ -10,6 +10,7 @@ from numba import prange
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels.jit import compiled, widened
+from npllama.kernels.subroutines import subroutine
 
 #: Multiplications below which waking the other threads costs more than it saves.
 _SMALL = 1 << 18
@@ -56,7 +57,7 @@ def _alone(x: Array, weight: Array, y: Array) -> None:
         _band(x, weight, y, 4 * band)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _band(x: Array, weight: Array, y: Array, first: int) -> None:
     """Fill the columns of y from ``first`` on that belong to four weight rows, or to as many as are left.
 
@@ -73,7 +74,7 @@ def _band(x: Array, weight: Array, y: Array, first: int) -> None:
             y[t, i] = _dot(x[t], weight[i])
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _dot(x: Array, w: Array) -> Any:
     total = np.float32(0)
     for j in range(x.shape[0]):
@@ -81,7 +82,7 @@ def _dot(x: Array, w: Array) -> Any:
     return total
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def dot_tile(x: Array, w: Array, y: Array) -> None:
     """Fill y (4, 4) with x (4, N) · w (4, N)ᵀ: sixteen sums that the compiler keeps in vector registers."""
     a0 = a1 = a2 = a3 = np.float32(0)

@@ -31,6 +31,7 @@ from npllama.kernels.simd_sums import (
     outer_words,
     store_sums,
 )
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import tile_shapes
 
 _Clock: TypeAlias = Callable[[], float]
@@ -188,7 +189,7 @@ def _stream(numbers: Array, sums: Array) -> None:
         sums[i] = _read(numbers, i * part, (i + 1) * part)
 
 
-@compiled()
+@subroutine()
 def _read(numbers: Array, start: int, stop: int) -> Any:
     """Return the sum of numbers; those that come some pages later are asked for meanwhile.
 
@@ -216,7 +217,7 @@ def _multiply_add(factor: Any, summand: Any, rounds: int, sums: Array) -> None:
         sums[i] = _chains(factor, summand, rounds)
 
 
-@compiled()
+@subroutine()
 def _chains(factor: Any, summand: Any, rounds: int) -> Any:
     """Take ``c = c * factor + summand`` so often, in eight vectors of sixteen lanes that begin with 0 to 7; sum all.
 
@@ -260,7 +261,7 @@ def _tile_dots(tile: Array, rounds: int, shapes: Array, sums: Array) -> None:
         simd.tile_release()
 
 
-@compiled()
+@subroutine()
 def _add_dots(rounds: int) -> None:
     """Add so often the products of tiles 4 and 5 with 6 and 7 to tiles 0 to 3."""
     for _ in range(rounds):
@@ -270,7 +271,7 @@ def _add_dots(rounds: int) -> None:
         simd.tile_dot_bfloat16(3, 5, 7)
 
 
-@compiled()
+@subroutine()
 def _add_dots_of_bytes(rounds: int) -> None:
     """Do the same with tiles of bytes."""
     for _ in range(rounds):

@@ -14,6 +14,7 @@ from numba import prange
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels.jit import compiled, widened
+from npllama.kernels.subroutines import subroutine
 
 
 def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> None:
@@ -53,7 +54,7 @@ def _multiply(x: Array, data: Array, scales: Any, minima: Any, y: Array) -> None
                     y[t, first + i] = total
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _widen_int8(data: Array, scales: Array, row: Array) -> None:
     """Fill row with ``scale · q``."""
     for g in range(scales.shape[0]):
@@ -62,7 +63,7 @@ def _widen_int8(data: Array, scales: Array, row: Array) -> None:
             row[j] = np.float32(data[j]) * scale
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _widen_int4(data: Array, scales: Array, minima: Array, row: Array) -> None:
     """Fill row with ``scale · q + minimum``: the low halves of a group's 32 bytes, then the high ones."""
     for g in range(scales.shape[0]):
@@ -73,7 +74,7 @@ def _widen_int4(data: Array, scales: Array, minima: Array, row: Array) -> None:
             row[64 * g + 32 + j] = np.float32(pair >> np.uint8(4)) * scale + minimum
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _dots(x: Array, rows: Array) -> Any:
     """Return the products of x (N,) with each of four rows (4, N or more)."""
     a = b = c = d = np.float32(0)

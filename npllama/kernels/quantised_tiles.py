@@ -30,6 +30,7 @@ from npllama.kernels.digits import GROUP_BYTES, pack
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import tile_shapes
 
 _TOKENS = 16
@@ -96,7 +97,7 @@ def _multiply(
         )
 
 
-@compiled()
+@subroutine()
 def _multiply_block(
     jobs: Array,
     shapes: Array,
@@ -145,7 +146,7 @@ def _multiply_block(
     unpacked[0] = 0  # Numba frees an array behind its last use, and an address is none
 
 
-@compiled()
+@subroutine()
 def _floats(scales: int, first: int, groups: int, start: int, stop: int) -> Array:
     """Return the bfloat16 scales of 32 rows as float32: (32, stop - start)."""
     floats = np.empty((32, stop - start), np.float32)
@@ -159,7 +160,7 @@ def _floats(scales: int, first: int, groups: int, start: int, stop: int) -> Arra
     return floats
 
 
-@compiled()
+@subroutine()
 def _unpack(data: int, pitch: int, unpacked: Array, stride: int) -> None:
     """Unpack 32 rows of int4 to bytes."""
     for row in range(32):
@@ -167,7 +168,7 @@ def _unpack(data: int, pitch: int, unpacked: Array, stride: int) -> None:
             simd.store(unpacked, row * stride + 64 * g, simd.load_nibbles(data, row * pitch + 32 * g))
 
 
-@compiled()
+@subroutine()
 def _add_panel(
     weights: int,
     stride: int,
@@ -236,7 +237,7 @@ def _add_panel(
             simd.tile_store(5, integers, here + 1280, 64)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _add_rows(
     integers: Array,
     there: int,
@@ -266,7 +267,7 @@ def _add_rows(
         simd.store(partial, at + 16 * row, so_far)
 
 
-@compiled()
+@subroutine()
 def _deliver(partial: Array, at: int, output: int, m: int, count: int) -> None:
     """Write the first ``count`` columns of 32 rows of 16 as rows of an output of M columns."""
     if count == 16:

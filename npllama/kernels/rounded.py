@@ -25,6 +25,7 @@ from npllama.kernels.simd_quantised import (
     sum_of_lanes,
     to_integers,
 )
+from npllama.kernels.subroutines import subroutine
 
 _HIGHEST = np.float32(127)
 #: Bits of 2**-100, below which a group becomes zeros, and of infinity.
@@ -46,7 +47,7 @@ def round_bits(bits: Array, results: Array) -> None:
         results[i] = nearest(bits[i])
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def nearest(bits: Any) -> Any:
     """Return the bits of the float32 that a bfloat16 can hold which is nearest to one given by its bits (uint32).
 

@@ -151,17 +151,13 @@ class ThroughLayers:
         own, part = own_of(plan, sequences, _NUMBERS), Part(1, 1, Rows(1, 1, 1))
         entering = plan, shared, own, self._layers[0], 1
         has_tiles = "tiles" in self._ways.values()
-        # First: of the two processes that compile for a model, the other one begins with the products.
-        attend = few_for(_STORED[dtype].dtype.name, self._path)
         ways = table_of(self._ways, own.normed, own.inputs, own.block)
-        return Works(
-            attend,
-            address_of(enter_product, *entering, _NUMBERS, ways),
-            address_of(multiply_unit, *entering, 1, part, part, _NUMBERS, ways),
-            address_of(configure, shapes) if has_tiles else 0,
-            address_of(release) if has_tiles else 0,
-            ways,
-        )
+        enter = address_of(enter_product, *entering, _NUMBERS, ways)
+        multiply = address_of(multiply_unit, *entering, 1, part, part, _NUMBERS, ways)
+        # Last: of the two processes that compile for a model, the other one begins with attention.
+        attend = few_for(_STORED[dtype].dtype.name, self._path)
+        tiles = (address_of(configure, shapes), address_of(release)) if has_tiles else (0, 0)
+        return Works(attend, enter, multiply, *tiles, ways)
 
     def _plan(self, n_new: int) -> Plan:
         config = self._config

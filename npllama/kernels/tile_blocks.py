@@ -33,6 +33,7 @@ from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import _BITS, _BLOCK, _NUMBERS, _PARTS, _SQUARE, _STEP, _TILE, _deliver, _split, tile_shapes
 
 #: Numbers of a tile of weights or input.
@@ -139,7 +140,7 @@ def _pack(x: Array, packed: Array, task: Task) -> None:
                 simd.transpose(numbers, part * _TILE_NUMBERS, 64, packed, (tile + part) * _TILE_NUMBERS, 64)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _take_apart(x: Array, parts: int, first: Array, second: Array, third: Array) -> None:
     """Write 32 numbers as three bfloat16 that add up to them, or as the one that is nearest."""
     if parts == 1:
@@ -151,20 +152,20 @@ def _take_apart(x: Array, parts: int, first: Array, second: Array, third: Array)
 # --- the weights ------------------------------------------------------------------------------------------------
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _step_bytes(form: int) -> int:
     """Bytes of a row that are a step's."""
     return 2 * _STEP if form == _BFLOAT16 else _STEP if form == _INT8 else _STEP // 2
 
 
-@compiled()
+@subroutine()
 def _place(jobs: Array, block: int) -> Any:
     """Return the line of a block's matrix, and the block's first row: the last block ends where the matrix does."""
     job, row = job_of(jobs, block, _BLOCK)
     return job, min(row, job[ROWS] - _BLOCK)
 
 
-@compiled()
+@subroutine()
 def _lay_out(task: Task, job: Array, row: int, step: int, steps: int, laid: Array) -> None:
     """Write so many steps of 32 rows, from ``step`` on, as tiles: of each step that of the upper 16, then the other."""
     for r in range(_BLOCK):
@@ -187,7 +188,7 @@ def _lay_out(task: Task, job: Array, row: int, step: int, steps: int, laid: Arra
             simd.store(laid, at + 2 * (s + 1) * _TILE_NUMBERS, simd.to_bfloat16(c, d))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _dequantised_int8(data: int, scale: Any) -> Any:
     """Return the 64 numbers of a group: ``scale · q``."""
     return (
@@ -198,7 +199,7 @@ def _dequantised_int8(data: int, scale: Any) -> Any:
     )
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _dequantised_int4(data: int, scale: Any, minimum: Any) -> Any:
     """Return the 64 numbers of a group: ``scale · q + minimum``."""
     return (
@@ -229,7 +230,7 @@ def _multiply(task: Task, shapes: Array, packed: Array, n_new: int, first: int, 
         simd.tile_release()
 
 
-@compiled()
+@subroutine()
 def _multiply_chunk(task: Task, step: int, begin: int, end: int, laid: Array, packed: Array, sums: Array) -> None:
     """Add to the sums of the blocks from ``begin`` to ``end`` what the chunk that begins with ``step`` comes to."""
     steps, step_bytes = min(_CHUNK, task.steps - step), _step_bytes(task.form)
@@ -245,7 +246,7 @@ def _multiply_chunk(task: Task, step: int, begin: int, end: int, laid: Array, pa
         )
 
 
-@compiled()
+@subroutine()
 def _multiply_block(
     task: Task, step: int, steps: int, laid: Array, packed: Array, sums: Array, ahead: int, pitch: int
 ) -> None:
@@ -290,7 +291,7 @@ def _multiply_block(
         simd.tile_store(3, sums, to + 3 * _SQUARE, 64)
 
 
-@compiled()
+@subroutine()
 def _deliver_field(task: Task, begin: int, end: int, sums: Array, n_new: int, first: int) -> None:
     """Turn the tiles of rows by tokens, and write them to the outputs: those of one panel one after the other."""
     scratch = aligned(4 * _SQUARE, sums)

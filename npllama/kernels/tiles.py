@@ -31,6 +31,7 @@ from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, OUTPUT, ROWS, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
+from npllama.kernels.subroutines import subroutine
 
 _TILE = 16  # rows of a tile of weights, and tokens of a panel
 _SQUARE = _TILE * _TILE  # sums of a tile
@@ -105,7 +106,7 @@ _upper_bits: Any = intrinsic(_float_to_upper_bits)
 _INFINITY = np.float32(np.inf)
 
 
-@compiled()
+@subroutine()
 def _pack_panel(x: Array, packed: Array) -> None:
     """Pack x (T, N), one panel: for each step and part 16 rows, each with a pair of numbers of every token.
 
@@ -125,7 +126,7 @@ def _pack_panel(x: Array, packed: Array) -> None:
             simd.transpose(parts, part * _TILE * _STEP, 2 * _STEP, packed, at, 4 * n_new)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _split(numbers: Array, high: Array, middle: Array, low: Array) -> None:
     """Take numbers apart into three bfloat16 that add up to them: the first 8 bits of each, the next 8, the last 8.
 
@@ -169,7 +170,7 @@ def _multiply(jobs: Array, shapes: Array, packed: Array, n_new: int, width: int)
         simd.tile_release()
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _multiply_block(
     weight: int, width: int, packed: Array, n_new: int, ahead: int, rows_ahead: int, scratch: Array
 ) -> None:
@@ -211,7 +212,7 @@ def _multiply_block(
     simd.tile_store(1, scratch, _SQUARE, 64)
 
 
-@compiled()
+@subroutine()
 def _deliver(scratch: Array, output: int, stride: int, tokens: int) -> None:
     """Turn two tiles of rows by tokens: ``tokens`` rows of 32 numbers, ``stride`` bytes apart.
 

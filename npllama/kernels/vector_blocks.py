@@ -61,6 +61,7 @@ from npllama.kernels.simd_sums import (
     outer_words,
     stream,
 )
+from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_squares import (
     BEGIN,
     BYTES,
@@ -180,7 +181,7 @@ def _take_part(task: Task, x: Array, first: int, packed: Array, counters: Array)
     _take_fields(task, packed, len(x) - first, first, counters)
 
 
-@compiled()
+@subroutine()
 def _take_fields(task: Task, packed: Array, n_new: int, first: int, counters: Array) -> None:
     """Multiply fields until there are none left. A field is taken as soon as its first chunk can be laid out."""
     units = task.blocks // task.together
@@ -204,7 +205,7 @@ def _take_fields(task: Task, packed: Array, n_new: int, first: int, counters: Ar
     fetch_add(counters, _FIELDS, 0)  # what went past the caches is there for all
 
 
-@compiled()
+@subroutine()
 def _chunk_of(task: Task, field: int, start: int) -> Chunk:
     """Return the chunk of a field that begins with the group ``start``."""
     units, field = task.blocks // task.together, min(field, task.fields)
@@ -213,7 +214,7 @@ def _chunk_of(task: Task, field: int, start: int) -> Chunk:
     return Chunk(field, begin * task.together, end * task.together, start, stop)
 
 
-@compiled()
+@subroutine()
 def _multiply_chunk(
     task: Task, chunk: Chunk, laid: Array, coming: Chunk, ahead: Array, room: Array, packed: Array, sums: Array
 ) -> None:
@@ -243,7 +244,7 @@ def _multiply_chunk(
         lay_out(task, late, coming.start, coming.stop, room, ahead[(late - coming.begin) * chunk_bytes :])
 
 
-@compiled()
+@subroutine()
 def _fetch(task: Task, chunk: Chunk, row: int) -> None:
     """Fetch what a chunk has of one row of its blocks: row 0 is the first one of its first block."""
     job, first = place_of(task, chunk.begin + row // SIDE)
@@ -257,7 +258,7 @@ def _fetch(task: Task, chunk: Chunk, row: int) -> None:
         simd.prefetch(job[MINIMA], 2 * group)
 
 
-@compiled()
+@subroutine()
 def _add_numbers(weights: int, x: int, groups: int, kind: int, sums: int) -> None:
     """Add some groups' products of a block and a panel to their sums, those of so many tokens at a time."""
     for t in range(0, SIDE, _MOST):
@@ -267,7 +268,7 @@ def _add_numbers(weights: int, x: int, groups: int, kind: int, sums: int) -> Non
             _add_groups(FLOATS, weights, x + 4 * t, groups, sums + LINE * t)
 
 
-@compiled(inline=True)
+@subroutine(pasted=True)
 def _add_groups(kind: int, weights: int, x: int, groups: int, sums: int) -> None:
     """Do it for some tokens and a literal kind."""
     tile = no_sums(_MOST)
@@ -278,7 +279,7 @@ def _add_groups(kind: int, weights: int, x: int, groups: int, sums: int) -> None
     add_to_memory(sums, tile)
 
 
-@compiled()
+@subroutine()
 def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums: int) -> None:
     """Do the same with integers, group by group."""
     if WIDE and kind == PAIRS:
@@ -293,7 +294,7 @@ def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums:
             _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
 
 
-@compiled(inline=True)
+@subroutine(pasted=True)
 def _add_scaled(weights: int, x: int, groups: int, form: int, sums: int) -> None:
     """Do it for pairs, whose sums of a group are all that registers hold."""
     for _ in range(groups):
@@ -304,7 +305,7 @@ def _add_scaled(weights: int, x: int, groups: int, form: int, sums: int) -> None
         weights, x = scales + WEIGHT_LINES, steps + INPUT_LINES
 
 
-@compiled(inline=True)
+@subroutine(pasted=True)
 def _add_stepped(kind: int, weights: int, x: int, groups: int, form: int, sums: int) -> None:
     """Do it for what is rounded to int8 and some tokens, whose sums of a group and of those before are in registers.
 
@@ -322,7 +323,7 @@ def _add_stepped(kind: int, weights: int, x: int, groups: int, form: int, sums: 
     add_to_memory(sums, totals)
 
 
-@compiled()
+@subroutine()
 def _add_digits(weights: int, x: int, groups: int, form: int, sums: int) -> None:
     """Do it for three digits: the two lower ones have a sum in common, which 32 bits hold."""
     totals = no_sums(_FEWER)
@@ -339,7 +340,7 @@ def _add_digits(weights: int, x: int, groups: int, form: int, sums: int) -> None
     add_to_memory(sums, totals)
 
 
-@compiled(inline=True)
+@subroutine(pasted=True)
 def _add_words(kind: int, tile: Any, weights: int, x: int) -> Any:
     """Add the products of a group's squares to sums, for a literal kind."""
     if kind == FLOATS:
@@ -360,7 +361,7 @@ def _add_words(kind: int, tile: Any, weights: int, x: int) -> Any:
     return tile
 
 
-@compiled()
+@subroutine()
 def _deliver(task: Task, chunk: Chunk, sums: Array, n_new: int, first: int) -> None:
     """Write the sums of a field, its last chunk's, to the outputs: those of one token after the other.
 

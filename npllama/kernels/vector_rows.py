@@ -27,7 +27,7 @@ import numpy as np
 
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
-from npllama.kernels.by_address import address_of
+from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, OUTPUT, ROWS, deal_out, job_of, jobs_of
 from npllama.kernels.llvm import WIDE
@@ -35,6 +35,7 @@ from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import nearest
 from npllama.kernels.simd_quantised import load_one_byte
 from npllama.kernels.simd_sums import inner_lines, no_sums, store_sums, store_totals, sums_at
+from npllama.kernels.subroutines import subroutine
 
 #: Tokens at most.
 FEW = 16
@@ -73,30 +74,37 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array], kind
     """
     tokens = aligned(tokens_size(len(x), x.shape[1], kind), x)
     line_up(np.ascontiguousarray(x), kind, tokens)
-    arguments = tokens, len(x), x.shape[1], kind
+    arguments = tokens, len(x), x.shape[1], kind, address_of_block()
     deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work())
 
 
 @cache
 def _address_of_work() -> int:
     """Return the address of `_multiply_blocks`."""
-    arguments = np.empty(1, np.float32), 1, 1, 1
+    arguments = np.empty(1, np.float32), 1, 1, 1, 1
     return address_of(_multiply_blocks, arguments, np.empty((1, 6), np.int64), 1, 1)
 
 
-@compiled()
+@cache
+def address_of_block() -> int:
+    """Return the address of `multiply_block`."""
+    numbers = np.empty(1, np.float32)
+    return address_of(multiply_block, 1, 1, 1, numbers, 1, 1, 1, numbers, 1, 1)
+
+
+@subroutine()
 def tokens_of(n_new: int) -> int:
     """Return with how many tokens rows are multiplied where a party has ``n_new``: the others are zeros."""
     return _ONE if n_new == 1 else _FOUR if n_new <= _FOUR else _EIGHT
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def item_bytes(kind: int) -> int:
     """Return the bytes of a weight."""
     return 4 if kind == FLOATS else 2
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _vectors_of(kind: int) -> int:
     """Return how many vectors a line of weights meets in a token."""
     return 2 if kind == HALVES else 1
@@ -125,7 +133,7 @@ def line_up(x: Array, kind: int, tokens: Array) -> None:
                 _line_up_numbers(party[t], lines[:, t])
 
 
-@compiled()
+@subroutine()
 def _line_up_numbers(x: Array, lines: Array) -> None:
     """Write a token's numbers; where a line has two vectors, those with even places come first."""
     numbers = lines.shape[1]
@@ -138,7 +146,7 @@ def _line_up_numbers(x: Array, lines: Array) -> None:
         lines[whole, j % parts * _LANES + j // parts] = x[numbers * whole + j]
 
 
-@compiled()
+@subroutine()
 def _line_up_pairs(x: Array, lines: Array) -> None:
     """Write a token's numbers as words of two bfloat16."""
     bits, whole = x.view(np.uint32), len(x) // (2 * _LANES)
@@ -154,7 +162,7 @@ def _line_up_pairs(x: Array, lines: Array) -> None:
 @compiled()
 def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None:
     """Multiply the blocks from ``start`` to ``stop``. The last block of a matrix ends where the matrix does."""
-    tokens, n_new, width, kind = arguments
+    tokens, n_new, width, kind, work = arguments
     room = aligned(room_size(), tokens)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
@@ -162,10 +170,10 @@ def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None
         pitch = item_bytes(kind) * width
         rows = job[DATA] + pitch * row
         output, token = job[OUTPUT] + 4 * row, 4 * job[ROWS]
-        multiply_block(rows, width, kind, tokens, n_new, rows + BLOCK * pitch, pitch, room, output, token)
+        call_at(work, (rows, width, kind, tokens, n_new, rows + BLOCK * pitch, pitch, room, output, token))
 
 
-@compiled()
+@subroutine()
 def room_size() -> int:
     """Return how many numbers `multiply_block` needs for a party's products, its sums, and last lines."""
     return BLOCK * (_EIGHT * (1 + _LANES) + _LANES)
@@ -221,7 +229,7 @@ def multiply_block(
         ahead, ahead_row = rows, pitch  # once is enough
 
 
-@compiled()
+@subroutine()
 def _multiply_rows(rows: int, pitch: int, kind: int, x: int, ahead: int, last: int, total: int) -> None:
     """Write sixteen rows' products with one token to an address, a row at a time."""
     end = rows + BLOCK * pitch
@@ -237,7 +245,7 @@ def _multiply_rows(rows: int, pitch: int, kind: int, x: int, ahead: int, last: i
         last += _LINE if last > 0 else 0
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _multiply_row(kind: int, row: int, n_lines: int, last: int, x: int, coming: int, total: int) -> None:
     """Write the product of a row and one token to an address, with a last line that lies elsewhere, if there is one.
 
@@ -253,7 +261,7 @@ def _multiply_row(kind: int, row: int, n_lines: int, last: int, x: int, coming: 
     store_totals(total, tile)
 
 
-@compiled()
+@subroutine()
 def _multiply_bands(
     rows: int, pitch: int, kind: int, x: int, count: int, ahead: int, ahead_row: int, last: int, room: Array
 ) -> None:
@@ -279,7 +287,7 @@ def _multiply_bands(
         store_totals(totals + 4 * r, sums_at(sums + r * _LINE, _SUMS))
 
 
-@compiled()
+@subroutine()
 def _last_lines(rows: int, pitch: int, whole: int, room: Array) -> Any:
     """Copy what rows have behind so many bytes, less than a line, to lines filled up with zeros, and return where.
 
@@ -295,7 +303,7 @@ def _last_lines(rows: int, pitch: int, whole: int, room: Array) -> Any:
     return np.int64(spare.ctypes.data)
 
 
-@compiled()
+@subroutine()
 def _add_band(
     rows: int, pitch: int, kind: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
 ) -> None:
@@ -308,7 +316,7 @@ def _add_band(
         _add_to(FLOATS, rows, pitch, x, count, n_lines, coming, coming_pitch, sums)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _add_to(
     kind: int, rows: int, pitch: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
 ) -> None:
@@ -321,7 +329,7 @@ def _add_to(
         _add(_SUMS, _ROWS_OF_EIGHT, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _add(
     n_sums: int,
     n_rows: int,

@@ -45,6 +45,7 @@ from npllama.kernels.simd_quantised import (
     low_nibbles,
 )
 from npllama.kernels.simd_words import bfloat16_of, even_bytes, int8_of, nibble_of, odd_bytes, pair_of
+from npllama.kernels.subroutines import subroutine
 
 #: How products are computed.
 FLOATS, PAIRS, WORDS, BYTES, DIGITS = range(5)
@@ -102,7 +103,7 @@ class Task(NamedTuple):
     activation: int
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def place_of(task: Task, block: int) -> Any:
     """Return the line of a block's matrix in the table of jobs, and the block's first row there."""
     if task.together == 1:
@@ -110,25 +111,25 @@ def place_of(task: Task, block: int) -> Any:
     return task.jobs[block % 2], SIDE * (block // 2)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def squares(kind: int) -> int:
     """Squares that 64 numbers of a row take."""
     return _SQUARES[kind]
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def chunk_groups(kind: int) -> int:
     """Return how many groups of 64 numbers are a chunk."""
     return _GROUPS[kind]
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def are_integers(form: int) -> bool:
     """Tell whether weights are stored as integers."""
     return _INT8 <= form <= _INT4
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def has_minima(form: int) -> bool:
     """Tell whether groups of weights have minima."""
     return form == _INT4
@@ -140,19 +141,19 @@ def input_bytes(kind: int) -> Any:
     return _INPUT_SQUARES[kind] * SQUARE + _INPUT_LINES[kind]
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def weight_bytes(kind: int) -> Any:
     """Bytes of a group of a block."""
     return squares(kind) * SQUARE + WEIGHT_LINES
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def excess(form: int) -> int:
     """Return how much larger a stored integer is as an unsigned one than as one around zero."""
     return 8 if form == _INT4 else 128
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def stored_bytes(form: int) -> int:
     """Bytes of 64 numbers of a row as they are stored, without scales."""
     return 4 * GROUP if form == _FLOAT32 else 2 * GROUP if form == _BFLOAT16 else GROUP if form == _INT8 else GROUP // 2
@@ -161,7 +162,7 @@ def stored_bytes(form: int) -> int:
 # --- the input --------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def pack_panel(x: Array, packed: Array, task: Task, panel: int) -> None:
     """Lay out one panel: tokens that are not there are zeros.
 
@@ -176,7 +177,7 @@ def pack_panel(x: Array, packed: Array, task: Task, panel: int) -> None:
         _pack_chunk(x, task, panel, start, count, lying, group, packed[at:])
 
 
-@compiled()
+@subroutine()
 def _pack_chunk(
     x: Array, task: Task, panel: int, start: int, count: int, lying: Array, group: Array, packed: Array
 ) -> None:
@@ -208,7 +209,7 @@ def _pack_chunk(
                 simd.store_one(to, place + 4 * t, np.float32(0))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
     """Write a token's group, 64 numbers at an address, as a line of each square, and what stands behind the squares."""
     total = np.float32(0)
@@ -252,7 +253,7 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
     simd.store_one(behind, SUM, total)
 
 
-@compiled()
+@subroutine()
 def _copy(x: Array, at: int, count: int, group: Array) -> None:
     """Copy fewer than 64 numbers, and zeros behind them."""
     numbers = x.reshape(-1)
@@ -263,7 +264,7 @@ def _copy(x: Array, at: int, count: int, group: Array) -> None:
 # --- the weights ------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@subroutine()
 def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Array) -> None:
     """Write the groups from ``start`` to ``stop`` of a block's rows as squares, with their scales and minima.
 
@@ -302,14 +303,14 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
         out += at_once * size
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def row_bytes(task: Task) -> int:
     """Bytes of a row as it is stored, without scales."""
     size = stored_bytes(task.form)
     return task.groups * size if are_integers(task.form) else task.width * (size // GROUP)
 
 
-@compiled()
+@subroutine()
 def _gather(task: Task, data: int, row: int, n_rows: int, at: int, size: int, lying: int) -> None:
     """Copy ``size`` bytes of sixteen rows, four lines apart, from their byte ``at`` on; zeros behind a row's end."""
     pitch = row_bytes(task)
@@ -326,7 +327,7 @@ def _gather(task: Task, data: int, row: int, n_rows: int, at: int, size: int, ly
                     simd.store_one(there, i, load_one_byte(here, i) if i < count else np.uint8(0))
 
 
-@compiled()
+@subroutine()
 def lay_factors(
     scales: int,
     minima: int,
@@ -365,7 +366,7 @@ def lay_factors(
         _lay_two(d, i, form, out, step, g + 6, count)
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _lay_two(scales: Any, minima: Any, form: int, out: int, step: int, group: int, count: int) -> None:
     """Write the lines of two groups, of which words of sixteen rows hold both, unless they are none of so many."""
     if 0 <= group < count:
@@ -374,7 +375,7 @@ def _lay_two(scales: Any, minima: Any, form: int, out: int, step: int, group: in
         _lay_one(bfloat16_of(scales, 1), bfloat16_of(minima, 1), form, out + step * (group + 1))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _lay_one(scale: Any, minimum: Any, form: int, out: int) -> None:
     simd.store(out, SCALE, scale)
     if has_minima(form):
@@ -382,7 +383,7 @@ def _lay_one(scale: Any, minimum: Any, form: int, out: int) -> None:
         simd.store(out, MIDDLE, simd.fused_multiply_add(eight, scale, minimum))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _spread_pairs(turned: int, out: int) -> None:
     """Write the lines of two squares, two bfloat16 a word, as lines of float32."""
     for line in range(0, 2 * SQUARE, LINE):
@@ -391,7 +392,7 @@ def _spread_pairs(turned: int, out: int) -> None:
         simd.store(out, 2 * line + LINE, bfloat16_of(words, 1))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _spread_int8(turned: int, kind: int, out: int) -> None:
     """Write the lines of a square, four integers a word, as lines of words of a kind."""
     scale = load_floats(out, squares(kind) * SQUARE + SCALE)
@@ -412,7 +413,7 @@ def _spread_int8(turned: int, kind: int, out: int) -> None:
             simd.store(out, 4 * line + 3 * LINE, simd.multiply(d, scale))
 
 
-@compiled(inline=True)
+@subroutine(inline=True)
 def _spread_int4(turned: int, kind: int, out: int) -> None:
     """Do the same with half a square, eight integers a word, of which four belong into the second half."""
     behind = out + squares(kind) * SQUARE

@@ -6,6 +6,7 @@ time that they are needed: what it leaves in the folder of compiled kernels, thi
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -72,17 +73,19 @@ def compile_kernels(needs: Needs, progress: Progress | None = None) -> None:
                 progress("compiling kernels", number, total)
             step()
 
-    with _compiled_elsewhere(needs):
-        take(mine, 0)
-    take(shared, len(mine))
+    with _without_collections():
+        with _compiled_elsewhere(needs):
+            take(mine, 0)
+        take(shared, len(mine))
     if progress is not None:
         progress("compiling kernels", total, total)
 
 
 def compile_share(*needs: Any) -> None:
     """Compile what another process that compiles for the same `Needs` leaves to this one."""
-    for step in _steps(Needs(*needs))[1]:
-        step()
+    with _without_collections():
+        for step in _steps(Needs(*needs))[1]:
+            step()
 
 
 @contextmanager
@@ -109,6 +112,18 @@ def _compiled_elsewhere(needs: Needs) -> Iterator[None]:
     if other.returncode == 0:
         with suppress(OSError):  # a full disk: it is asked again then
             done.touch()
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let nobody look for garbage: compilers keep so much alive that a sixth of their time would go into that."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _started(needs: Needs) -> subprocess.Popen[bytes] | None:
@@ -156,8 +171,8 @@ def _steps(needs: Needs) -> tuple[Sequence[Step], Sequence[Step]]:
         lambda: ops.linear(square, stored(2, 2)),
         lambda: ops.linear(np.ones((1, 64), np.float32), stored(64, 64)),
     )
-    if needs.at_once:  # which compiles most of what few tokens take, and early: here that comes last
-        return (*mine, lambda: attend(1), *few), (lambda: _through_one_layer(ops, stored, cached),)
+    if needs.at_once:  # which compiles most of what few tokens take, attention last: here that comes last, and first
+        return (lambda: attend(1), *mine, *few), (lambda: _through_one_layer(ops, stored, cached),)
     return (*mine, *few), (lambda: attend(1),)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -105,6 +106,27 @@ def test_who_is_interrupted_leaves_no_process_behind(
         compile_kernels(NEEDS)
     assert started[0] == "killed"
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_garbage_is_let_lie_meanwhile_and_then_as_before(
+    was_enabled: bool, folder: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled: list[bool] = []
+
+    def fails() -> None:
+        enabled.append(gc.isenabled())
+        raise MemoryError
+
+    monkeypatch.setattr(warmup, "_steps", lambda needs: ((fails,), ()))
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        with pytest.raises(MemoryError):
+            compile_kernels(NEEDS)
+        enabled.append(gc.isenabled())
+    finally:
+        gc.enable()
+    assert enabled == [False, was_enabled]
 
 
 def test_the_share_of_the_other_process_can_be_compiled_there() -> None:
