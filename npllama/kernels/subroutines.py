@@ -64,12 +64,11 @@ class Subroutine(CPUDispatcher):
 class _Code(JITCodeLibrary):
     """A subroutine's code: neither optimised nor translated before a kernel has it."""
 
-    def finalize(self) -> None:
-        self._raise_if_finalized()  # type: ignore[no-untyped-call]
-        for library in dict.fromkeys(self._linking_libraries):
-            self._reload_init.update(library._reload_init)
-            module = library._get_module_for_linking()
-            self._final_module.link_in(module, preserve=True)
+    def _optimize_final_module(self) -> None:
+        """Leave that to kernels."""
+
+    def _finalize_final_module(self) -> None:
+        """Take it as it is."""
         self._finalized = True
 
 
