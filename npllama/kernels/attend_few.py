@@ -3,9 +3,10 @@
 See `npllama.kernels.attend_piece` for what a piece is, and how the softmax is done along the way. In vector registers,
 queries go through a block of keys in **parties** of four, filled up with zeros, or alone where each head has keys of
 its own: that decides the order of sums, so it does not depend on how many tokens there are. Of as many keys as make
-sixteen scores with a party, the sums of all stay in registers (`npllama.kernels.simd_chunks`), and so do those of its
-queries over the values of a block, 64 numbers of a head at a time. A vector of scores is those of a key for each query,
-then those of the next key: a lane belongs to one query throughout.
+sixteen scores with a party (with narrow registers four), the sums of all stay in registers
+(`npllama.kernels.simd_chunks`), and so do those of its queries over the values of a block, 64 numbers of a head at a
+time. A vector of scores is those of a key for each query, then those of the next key: a lane belongs to one query
+throughout.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from npllama.kernels.attend_piece import (
     exp2,
 )
 from npllama.kernels.jit import narrowed, widened
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.portable import dot_tile
 from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, store, store_one
@@ -42,12 +44,13 @@ from npllama.kernels.simd_chunks import (
     taken_apart,
 )
 from npllama.kernels.simd_quantised import load_floats
-from npllama.kernels.simd_sums import no_sums, store_sums, totals_of
+from npllama.kernels.simd_sums import no_sums, store_sums, store_totals
 from npllama.kernels.simd_words import bfloat16_of, rounded_pair
 from npllama.kernels.subroutines import subroutine
 
 _PARTY = 4
 _LANES = 16
+_SUMS = 16 if WIDE else 4  # of scores, in registers
 _LINE = 64
 _CHUNK = 64  # numbers of a head
 _STATE = 3 * _LANES
@@ -179,22 +182,22 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
 
 @subroutine(inline=True)
 def _score(size: int, piece: Piece, like: Array, keys: int, n_keys: int, ahead: int, party: Party) -> None:
-    """Write a party's scores with some keys, sixteen at a time; fetch what is ``ahead`` bytes behind each key.
+    """Write a party's scores with some keys, a few at a time; fetch what is ``ahead`` bytes behind each key.
 
-    There may be no memory behind the last key: keys that make no sixteen scores are copied to where there is. What lies
+    There may be no memory behind the last key: keys that make too few scores are copied to where there is. What lies
     behind them there is any number, whose scores nobody sees.
     """
-    n_rows = _LANES // size
+    n_rows = _SUMS // size
     for s in range(0, n_keys, n_rows):
         rows, row_bytes = keys + s * piece.stride, piece.stride
         if s + n_rows > n_keys:
             _copy(rows, piece.stride, like, n_keys - s, party.head_dim, party.spare)
             rows, row_bytes = party.spare, party.head_dim * like.itemsize
-        tile = no_sums(_LANES)
+        tile = no_sums(_SUMS)
         for d in range(0, party.head_dim, _CHUNK):
             place, x, there = rows + d * like.itemsize, party.queries + 4 * size * d, _there(party.head_dim - d)
             tile = inner_chunk(tile, size, like, place, row_bytes, there, ahead, x)
-        store(party.scores, 4 * s * size, totals_of(tile))
+        store_totals(party.scores + 4 * s * size, tile)
 
 
 @subroutine()

@@ -41,7 +41,8 @@ def _vectors(builder: Any, bits: int, address: Any, seen: Any, ahead: Any) -> li
 def _line(builder: Any, kind: Any, name: str, place: Any, seen: Any, start: int) -> Any:
     """Return a line of which only what is seen is touched.
 
-    Narrow registers have no masks for numbers of 16 bits. What takes a number at a time there is for a row's end alone.
+    For narrow registers masks are made, of numbers of 32 bits alone: that is for a row's end, elsewhere they would take
+    longer than the products.
     """
 
     def masked() -> Any:
@@ -49,7 +50,7 @@ def _line(builder: Any, kind: Any, name: str, place: Any, seen: Any, start: int)
         mask = builder.bitcast(there, ir.VectorType(ir.IntType(1), kind.count))
         return call(builder, name, kind, place, WORD(1), mask, ir.Constant(kind, [0] * kind.count))
 
-    if WIDE or kind == INT_VECTOR:
+    if WIDE:
         return masked()
     whole = builder.icmp_signed("==", seen, LONG(-1))
     with builder.if_else(whole) as (then, otherwise):

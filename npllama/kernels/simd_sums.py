@@ -237,16 +237,6 @@ def add_outer_to_memory(context: Any, address: Any, vector: Any, numbers: Any) -
 
 
 @intrinsic
-def totals_of(context: Any, sums: Any) -> Any:
-    """``totals_of(sums)``: the sums of the lanes of sixteen vectors, as the lanes of one. VPERMT2PS, VADDPS."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return lanes_added(builder, [builder.extract_value(arguments[0], i) for i in range(16)])
-
-    return FLOATS(sums), code
-
-
-@intrinsic
 def store_totals(context: Any, address: Any, sums: Any) -> Any:
     """``store_totals(address, sums)``: write the sum of each vector's lanes, of 1, 2, 4, 8 or 16 vectors.
 

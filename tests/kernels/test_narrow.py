@@ -15,11 +15,13 @@ from npllama.kernels.llvm import WIDE
 HERE = Path(__file__).parent
 #: Those of kernels that do something else where registers are narrow.
 FILES = [
+    "test_attend.py",
     "test_byte_columns.py",
     "test_byte_rows.py",
     "test_probe.py",
     "test_simd.py",
     "test_simd_bytes.py",
+    "test_simd_chunks.py",
     "test_simd_panels.py",
     "test_simd_sums.py",
     "test_vector_blocks.py",

@@ -55,7 +55,7 @@ def by_lines(queries: Array, like: str) -> Array:
 @pytest.mark.parametrize("seen", [-1, (1 << 40) - 1, 1])
 def test_inner_products_of_rows_and_queries(like: str, n_queries: int, seen: int) -> None:
     queries, pitch = RNG.normal(size=(n_queries, 64)).astype(np.float32), ROWS[like].strides[0]
-    body = f"t = k.inner_chunk(u.no_sums(16), {n_queries}, like, a, {pitch}, seen, 0, b); s.store(o, 0, u.totals_of(t))"
+    body = f"t = k.inner_chunk(u.no_sums(16), {n_queries}, like, a, {pitch}, seen, 0, b); u.store_totals(o, t)"
     found = run(body, ROWS[like], by_lines(queries, like), like=like, seen=seen, size=16)
     expected = numbers(like, seen)[: 16 // n_queries] @ queries.T.astype(np.float64)
     np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-5)
@@ -71,11 +71,6 @@ def test_a_row_times_a_weight_of_each_query_is_added_to_shrunk_sums(like: str, n
     found = run(body, by_lines(sums, like), factors, ROWS[like], like=like, seen=seen, size=64 * n_queries)
     expected = factors[:n_queries, None] * (sums + numbers(like, seen)[0])
     np.testing.assert_allclose(found, by_lines(expected, like).reshape(-1), atol=1e-5)
-
-
-def test_totals_come_in_order() -> None:
-    found = run("s.store(o, 0, u.totals_of(u.sums_at(a, 16)))", VECTORS, size=16)
-    np.testing.assert_allclose(found, VECTORS.sum(axis=1, dtype=np.float64), atol=1e-5)
 
 
 @pytest.mark.parametrize("distance", [8, 4, 2, 1])
