@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import npllama
 from npllama.errors import BackendError, ConfigMismatchError, FileAccessError, NpllamaError, ParameterError
 from tests.fixtures.engine import loud_model
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens, write_gguf, write_hf
+from tools.environment import ROOT
 
 CONFIG = loud_config()
 
@@ -84,6 +86,33 @@ def test_what_a_cache_needs_is_compiled_by_loading(store: Path, monkeypatch: pyt
     npllama.load(store, cache_dtype="bfloat16")
     npllama.load(store)
     assert [needs.cache_dtype for needs in asked] == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activations"), [("f32", "float32"), ("bf16", "bfloat16"), ("int8", "float32"), ("int4", "int8")]
+)
+def test_loading_compiles_all_that_tokens_need_few_or_many(dtype: str, activations: str, tmp_path: Path) -> None:
+    """In a process of its own: here another test may have called a kernel that loading forgets."""
+    source = write_gguf(tmp_path / "loud.gguf", loud_tensors(CONFIG), CONFIG)
+    store = npllama.convert(source, tmp_path / "store", dtype=dtype)
+    script = (
+        "import sys, npllama\n"
+        "from numba.core.registry import CPUDispatcher\n\n\n"
+        "def compiled():\n"
+        "    modules = [vars(module) for name, module in sys.modules.items() if name.startswith('npllama.kernels')]\n"
+        "    kernels = {id(k): k for names in modules for k in names.values() if isinstance(k, CPUDispatcher)}\n"
+        "    return {k.__name__: len(k.overloads) for k in kernels.values()}\n\n\n"
+        f"model = npllama.load({str(store)!r}, activations={activations!r})\n"
+        "before = compiled()\n"
+        "for count in (1, 2, 5, 9, 20, 70):\n"
+        "    cache = model.new_cache(100)\n"
+        "    model.forward([1] * count, cache), model.forward([2], cache)\n"
+        "model.forward_many([[1] * 40, [4], [5, 6]], [model.new_cache(50) for _ in range(3)])\n"
+        "assert sum(before.values()) > 10, before\n"
+        "print({name: count for name, count in compiled().items() if count != before.get(name)})\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "{}"
 
 
 def test_the_fast_backend_without_numba_says_which_one_runs(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def _steps(needs: Needs) -> tuple[Sequence[Step], Sequence[Step]]:
         lambda: ops.linear(square, stored(2, 2)),
         lambda: ops.linear(np.ones((1, 64), np.float32), stored(64, 64)),
     )
-    if needs.at_once:  # which compiles most of what few tokens take, attention last: here that comes last, and first
+    if needs.at_once:  # compiles most of what few tokens take, with attention last: here that is last, attention first
         return (lambda: attend(1), *mine, *few), (lambda: _through_one_layer(ops, stored, cached),)
     return (*mine, *few), (lambda: attend(1),)
 
