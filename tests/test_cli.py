@@ -139,9 +139,11 @@ def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr() == ("", "")
 
 
-#: A program that writes letters without end through `npllama generate`.
+#: A program that writes letters without end through `npllama generate`. It takes signals as one in the foreground does,
+#: also where the tests run in the background: shells have what runs there, and its children, ignore ctrl-C.
 ENDLESS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from npllama.cli import main
 from tests.generation.fakes import one_hot, FakeModel, byte_tokenizer
 import npllama.commands.engine as engine
