@@ -175,8 +175,8 @@ def _pass_block(size: int, n_sums: int, piece: Piece, like: Array, start: int, p
     ahead = max(1, _EARLY // (party.head_dim * like.itemsize)) * piece.stride
     _score(size, piece, like, piece.keys + offset, n_keys, ahead, party)
     n_scores = (n_keys * size + _LANES - 1) // _LANES * _LANES
-    _hide(np.int64(size), n_scores, piece, start, party)
-    _weigh(np.int64(size), n_scores, like, party)
+    _hide(size, n_scores, piece, start, party)
+    _weigh(size, n_scores, like, party)
     _add_values(size, n_sums, piece, like, piece.values + offset, n_keys, ahead, party)
 
 

@@ -61,11 +61,7 @@ def compiled(*, parallel: bool = False) -> Callable[[_Function], _Function]:
 
     def decorate(function: _Function) -> _Function:
         folder = cache_folder()
-        jit = _njit(
-            parallel=parallel,
-            cache=folder is not None,
-            **OPTIONS,
-        )
+        jit = _njit(parallel=parallel, cache=folder is not None, **OPTIONS)
         before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder or "")
         try:
             kernel: _Function = jit(function)

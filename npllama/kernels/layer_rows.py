@@ -46,8 +46,8 @@ _PREPARE, _MULTIPLY, _BLOCKS = range(3)
 
 #: Rows of a matrix that are a unit.
 ROWS = _BLOCK
-#: Rows of a block.
-_SIDE = 16
+#: Rows of integers that are multiplied together.
+_BLOCK_OF_BYTES = byte_rows.BLOCK
 
 
 class Part(NamedTuple):
@@ -197,10 +197,10 @@ def _prepare_rounded(x: Array, form: int, inputs: Inputs) -> None:
 def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, work: int) -> None:
     """Multiply blocks of 16 rows, one after the other."""
     groups, is_int4, tokens = (part.width + GROUP - 1) // GROUP, part.form == _INT4, inputs.tokens[part.form - 1]
-    for first in range(0, ROWS, _SIDE):
+    for first in range(0, ROWS, _BLOCK_OF_BYTES):
         rows = rows_at(part.rows, first, groups, is_int4)
-        coming = rows_at(rows, _SIDE, groups, is_int4)
-        if first + _SIDE == ROWS and ahead.width > 0:
+        coming = rows_at(rows, _BLOCK_OF_BYTES, groups, is_int4)
+        if first + _BLOCK_OF_BYTES == ROWS and ahead.width > 0:
             coming = ahead.rows
         output = np.int64(block.ctypes.data) + 4 * first
         call_at(work, (rows, groups, is_int4, tokens, n_new, coming, inputs.scratch, output, 4 * ROWS))
@@ -210,10 +210,10 @@ def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: 
 def _multiply_vectors(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, work: int) -> None:
     """Multiply blocks of 16 rows, one after the other."""
     row, output, token = _row_bytes(part), np.int64(block.ctypes.data), 4 * ROWS
-    for first in range(0, ROWS, _SIDE):
+    for first in range(0, ROWS, vector_rows.BLOCK):
         rows, out = part.rows.data + row * first, output + 4 * first
-        coming, size = rows + _SIDE * row, row
-        if first + _SIDE == ROWS:
+        coming, size = rows + vector_rows.BLOCK * row, row
+        if first + vector_rows.BLOCK == ROWS:
             coming, size = ahead.rows.data, _row_bytes(ahead)
         call_at(work, (rows, part.width, inputs.kind, inputs.lines, n_new, coming, size, inputs.scratch, out, token))
 

@@ -76,7 +76,7 @@ def count_units(plan: Plan, sequences: Array, windows: Array) -> Any:
         starts[phase + DOWN] = at
         at += units_of(plan.dim)
     starts[-1] = at
-    return starts, _pieces(sequences, plan.n_kv_heads, tile, np.int64(_UNLIMITED))[1]
+    return starts, _pieces(sequences, plan.n_kv_heads, tile, _UNLIMITED)[1]
 
 
 @subroutine(inline=True)

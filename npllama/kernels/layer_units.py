@@ -161,7 +161,7 @@ def parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
     if kind == ATTEND:
         return no_part(), no_part()
     matrix, n, row, _ = _place(plan, kind, block)
-    return part_of(layer, matrix, row, n), part_of(layer, np.int64(_W3), row, n) if kind == GATE_UP else no_part()
+    return part_of(layer, matrix, row, n), part_of(layer, _W3, row, n) if kind == GATE_UP else no_part()
 
 
 @subroutine()
@@ -188,15 +188,15 @@ def enter_product(
     inputs = own.inputs
     if kind == QKV:
         _rms_norm(shared.x, _vector(layer[_ATTENTION_NORM], plan.dim, like), plan.eps, own.normed)
-        prepare(own.normed, layer, np.int64(_WQ), np.int64(_WO), inputs, ways)
+        prepare(own.normed, layer, _WQ, _WO, inputs, ways)
     elif kind == OUT:
         context = shared.context.reshape(plan.n_new, plan.n_heads * plan.head_dim)
-        prepare(context, layer, np.int64(_WO), np.int64(_W1), inputs, ways)
+        prepare(context, layer, _WO, _W1, inputs, ways)
     elif kind == GATE_UP:
         _rms_norm(shared.mid, _vector(layer[_FFN_NORM], plan.dim, like), plan.eps, own.normed)
-        prepare(own.normed, layer, np.int64(_W1), np.int64(_W2), inputs, ways)
+        prepare(own.normed, layer, _W1, _W2, inputs, ways)
     else:
-        prepare(shared.act, layer, np.int64(_W2), np.int64(_W2 + 1), inputs, ways)
+        prepare(shared.act, layer, _W2, _W2 + 1, inputs, ways)
 
 
 @subroutine(inline=True)
@@ -224,7 +224,7 @@ def multiply_unit(
     if kind == QKV:
         copy_block(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
     elif kind == GATE_UP:
-        multiply_part(plan.n_new, part_of(layer, np.int64(_W3), row, n), ahead_too, own.inputs, own.second, ways)
+        multiply_part(plan.n_new, part_of(layer, _W3, row, n), ahead_too, own.inputs, own.second, ways)
         _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
         _glu(own.block, own.second, own.gated, plan.activation)
         copy_block(own.gated, shared.act, row, skipped)
