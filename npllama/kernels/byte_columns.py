@@ -1,12 +1,13 @@
-"""Products of one token, or a few, that are rounded to int8, with int8 and int4 weights: sixteen rows side by side.
+"""Products of one token, or a few, that are rounded to int8, with int8 and int4 weights: sixteen rows at a time.
 
 The rows of a **block** are turned into columns in registers (`npllama.kernels.simd_columns`), a group of 64 numbers at
-a time, and each column meets all tokens of a **party**, eight at most. Rows are turned in the time that one or two
-tokens take to be multiplied, and nobody waits for that where weights come from memory; in exchange a sum's lanes are
-rows, and several tokens cost little more than their multiplications.
+a time, and each column meets all tokens of a **party**, eight at most. A sum's lanes are rows then, and several tokens
+cost little more than their multiplications. A single token meets rows as they lie (`npllama.kernels.simd_groups`), in
+the order of the memory, which is what it waits for: only the sums of groups are turned.
 
 Weights count as unsigned: int8 as 128 more than they are, int4 as it is stored, 8 more than around zero. The exact sum
-of a group begins with what that makes too much. It is then multiplied by what the group has in common::
+of a group begins with what that makes too much (`npllama.kernels.rounded_tokens`). It is then multiplied by what the
+group has in common::
 
     y += scale · step · sum(q · integer)  [+ (minimum + 8 scale) · sum of the token's group, for int4]
 
@@ -29,14 +30,24 @@ import numpy as np
 from npllama.dtypes import GROUP, PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.by_address import address_of, call_at
-from npllama.kernels.byte_rows import Rows, rows_at
+from npllama.kernels.byte_rows import EARLY, Rows, rows_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
+from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
-from npllama.kernels.rounded import int8_lanes
-from npllama.kernels.simd_columns import add_bytes, add_nibbles
-from npllama.kernels.simd_quantised import load_floats
-from npllama.kernels.simd_sums import add_stepped, add_to_memory, first_sums, no_sums, outer_floats, store_sums
+from npllama.kernels.rounded_tokens import PARTY, group_bytes, integers_bytes, numbers_pitch, round_tokens, tokens_bytes
+from npllama.kernels.simd_columns import add_bytes, add_nibbles, add_words
+from npllama.kernels.simd_groups import products_of_bytes, products_of_nibbles
+from npllama.kernels.simd_quantised import load_floats, load_integers
+from npllama.kernels.simd_sums import (
+    add_stepped,
+    add_to_memory,
+    first_sums,
+    no_sums,
+    outer_floats,
+    store_sums,
+    store_totals,
+)
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_rows import tokens_of
 from npllama.kernels.vector_squares import (
@@ -45,10 +56,10 @@ from npllama.kernels.vector_squares import (
     LINE,
     MIDDLE,
     SCALE,
+    SIDE,
     SQUARE,
     WEIGHT_LINES,
     chunk_groups,
-    excess,
     lay_factors,
 )
 
@@ -56,8 +67,6 @@ from npllama.kernels.vector_squares import (
 FEW = 16
 #: Rows of a matrix that are a unit of work.
 BLOCK = 16
-#: Tokens of a party, at most.
-PARTY = 8
 
 #: A multiple of this many bytes from one row to the next, and all rows have their lines in the same few places of the
 #: first-level cache: turned where they lie, they would drive one another out before a line is used up.
@@ -84,7 +93,7 @@ class Block(NamedTuple):
     sums : int
         Address of a line for each token of a party: its numbers for the sixteen rows.
     lines : int
-        Address of room for a line of each row.
+        Address of room for a line of each row and sixteen groups.
     """
 
     rows: Rows
@@ -108,7 +117,7 @@ def multiply(x: Array, weights: Sequence[Tensor], outputs: Sequence[Array]) -> N
     outputs : sequence of ndarray of shape (T, M), float32
     """
     is_int4, groups = PACKINGS[weights[0].dtype].has_minima, n_groups(x.shape[1])
-    tokens = aligned(tokens_bytes(groups, len(x)), _BYTE)
+    tokens = aligned(tokens_bytes(groups, is_int4, len(x)), _BYTE)
     round_tokens(np.ascontiguousarray(x), is_int4, tokens)
     arguments = tokens, len(x), groups, is_int4, address_of_block()
     deal_out(arguments, jobs_of(weights, outputs, BLOCK), BLOCK, numba.get_num_threads(), _address_of_work())
@@ -140,64 +149,10 @@ def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None
         call_at(work, (rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS]))
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------
-
-
-@subroutine(inline=True)
-def _pitch(count: int) -> int:
-    """Return the bytes from the steps of so many tokens to what their sums begin with, and from there to their sums."""
-    return 4 * max(count, _FOUR)
-
-
-@subroutine(inline=True)
-def _group_bytes(count: int) -> int:
-    """Return the bytes of a group of so many tokens: a line of integers each, and behind them three numbers each."""
-    return LINE * count + max(LINE, 4 * _pitch(count))
-
-
-@compiled()
-def tokens_bytes(groups: int, n_new: int) -> int:
-    """Return how many bytes so many tokens take."""
-    whole = n_new // PARTY
-    rest = n_new - PARTY * whole
-    return groups * (whole * _group_bytes(PARTY) + (_group_bytes(tokens_of(rest)) if rest > 0 else 0))
-
-
-@compiled()
-def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
-    """Round tokens x (T, N) to int8 for weights of a dtype; ``room`` has as many bytes as `tokens_bytes` says.
-
-    Parties follow one another, group by group.
-    """
-    n_new, width = x.shape
-    groups, too_large = (width + GROUP - 1) // GROUP, excess(_INT4 if is_int4 else _INT8)
-    padded = np.zeros(GROUP, np.float32)
-    numbers, spare = np.int64(x.ctypes.data), np.int64(padded.ctypes.data)
-    room[:] = 0
-    for t in range(n_new):
-        first = t // PARTY * PARTY
-        count, place = tokens_of(min(PARTY, n_new - first)), np.int64(room.ctypes.data) + tokens_bytes(groups, first)
-        steps, pitch = LINE * count + 4 * (t - first), _pitch(count)
-        for g in range(groups):
-            here, n_left = numbers + 4 * (t * width + GROUP * g), width - GROUP * g
-            if n_left < GROUP:
-                for j in range(n_left):
-                    padded[j] = x[t, GROUP * g + j]
-                here = spare
-            step, total = int8_lanes(here, place + LINE * (t - first))
-            simd.store_one(place, steps, step)
-            simd.store_one(place, steps + pitch, np.int32(-too_large * total))
-            simd.store_one(place, steps + 2 * pitch, np.float32(total) * step)
-            place += _group_bytes(count)
-
-
-# --- weights ----------------------------------------------------------------------------------------------------
-
-
 @subroutine()
 def room_size(groups: int) -> int:
-    """Return how many numbers `multiply_block` needs for sums, factors and a line of each row, in whole cache lines."""
-    return (LINE * PARTY + WEIGHT_LINES * groups + SQUARE) // 4
+    """Return how many numbers `multiply_block` needs for a party's sums, factors, and the sums of groups."""
+    return (LINE * PARTY + WEIGHT_LINES * groups + SQUARE * ((groups + SIDE - 1) // SIDE)) // 4
 
 
 @compiled()
@@ -223,7 +178,7 @@ def multiply_block(
     is_int4 : bool
         The weights are int4, not int8.
     tokens : ndarray, int8
-        From `round_tokens`.
+        From `npllama.kernels.rounded_tokens.round_tokens`.
     n_new : int
         T.
     ahead : Rows
@@ -243,14 +198,14 @@ def multiply_block(
         block, party = Block(rows, ahead, groups, is_int4, factors, sums, lines), min(PARTY, n_new - first)
         count = tokens_of(party)
         if count == _ONE:
-            _multiply_party(_ONE, block, x)
+            _multiply_one(block, x)
         elif count == _FOUR:
             _multiply_party(_FOUR, block, x)
         else:
             _multiply_party(_EIGHT, block, x)
         for t in range(party):
             simd.store(output + (first + t) * token_bytes, 0, load_floats(sums, LINE * t))
-        x += groups * _group_bytes(count)
+        x += groups * group_bytes(count, is_int4)
         ahead = rows  # once is enough
 
 
@@ -269,7 +224,7 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
     store_sums(block.sums, no_sums(count))
     per_chunk = _per_chunk(block.is_int4)
     per_line, size = (2, GROUP // 2) if block.is_int4 else (1, GROUP)
-    steps, pitch, row_bytes = LINE * count, _pitch(count), size * block.groups
+    steps, pitch, row_bytes = integers_bytes(count, block.is_int4), numbers_pitch(count), size * block.groups
     for start in range(0, block.groups, per_chunk):
         stop = min(start + per_chunk, block.groups)
         _fetch(block, start, stop)
@@ -284,12 +239,75 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
             for g in range(first, min(first + per_line, stop)):
                 factors = block.factors + WEIGHT_LINES * g
                 tile = first_sums(x + steps + pitch, count)
-                tile = add_nibbles(tile, rows, apart, x) if block.is_int4 else add_bytes(tile, rows, apart, x)
+                if block.is_int4:
+                    tile = add_nibbles(tile, rows, apart, x)
+                elif WIDE:
+                    tile = add_bytes(tile, rows, apart, x)
+                else:
+                    tile = add_words(tile, rows, apart, x)
                 totals = add_stepped(totals, tile, load_floats(factors, SCALE), x + steps)
                 if block.is_int4:
                     totals = outer_floats(totals, factors + MIDDLE, x + steps + 2 * pitch)
-                rows, x = rows + size, x + _group_bytes(count)
+                rows, x = rows + size, x + group_bytes(count, block.is_int4)
         add_to_memory(block.sums, totals)
+
+
+@subroutine()
+def _multiply_one(block: Block, x: int) -> None:
+    """Do what `_multiply_party` does to a single token, which begins at an address.
+
+    Nothing is gained by columns then: rows are multiplied as they lie in memory, which is read in its order, and only
+    the exact sums of their groups are turned.
+    """
+    per_chunk, pitch = _per_chunk(block.is_int4), numbers_pitch(_ONE)
+    steps = integers_bytes(_ONE, block.is_int4)
+    _sum_groups(block, x)
+    store_sums(block.sums, no_sums(_ONE))
+    for start in range(0, block.groups, per_chunk):
+        totals = no_sums(_ONE)
+        for g in range(start, min(start + per_chunk, block.groups)):
+            if g % SIDE == 0:
+                simd.transpose(block.lines, LINE * g, LINE, block.lines, LINE * g, LINE)
+            factors = block.factors + WEIGHT_LINES * g
+            tile = (simd.add(first_sums(x + steps + pitch, _ONE)[0], load_integers(block.lines, LINE * g)),)
+            totals = add_stepped(totals, tile, load_floats(factors, SCALE), x + steps)
+            if block.is_int4:
+                totals = outer_floats(totals, factors + MIDDLE, x + steps + 2 * pitch)
+            x += group_bytes(_ONE, block.is_int4)
+        add_to_memory(block.sums, totals)
+
+
+@subroutine(inline=True)
+def _sum_groups(block: Block, x: int) -> None:
+    """Write the sum of each group of each row: of sixteen groups a line for each row, then of the next sixteen."""
+    size = GROUP // 2 if block.is_int4 else GROUP
+    row_bytes = size * block.groups
+    _fetch(block, 0, block.groups)
+    for r in range(BLOCK):
+        row, early = block.rows.data + r * row_bytes, r * row_bytes + EARLY - BLOCK * row_bytes
+        coming = row + EARLY if early < 0 else block.ahead.data + early
+        g = 0
+        while g < block.groups:
+            at_once = _EIGHT if g + _EIGHT <= block.groups else _ONE
+            for line in range(0, size * at_once, LINE):
+                simd.prefetch(coming, size * g + line)
+            weights, integers = row + size * g, x + group_bytes(_ONE, block.is_int4) * g
+            place = block.lines + g // SIDE * SQUARE + LINE * r + 4 * (g % SIDE)
+            if at_once == _EIGHT:
+                _sum(_EIGHT, block.is_int4, weights, integers, place)
+            else:
+                _sum(_ONE, block.is_int4, weights, integers, place)
+            g += at_once
+
+
+@subroutine(inline=True)
+def _sum(count: int, is_int4: bool, weights: int, x: int, place: int) -> None:
+    """Write the sums of literally so many groups of a row to a place."""
+    pitch = group_bytes(_ONE, is_int4)
+    if is_int4:
+        store_totals(place, products_of_nibbles(count, weights, x, pitch))
+    else:
+        store_totals(place, products_of_bytes(count, weights, x, pitch))
 
 
 @subroutine(inline=True)

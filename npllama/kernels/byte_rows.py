@@ -53,7 +53,7 @@ _LINE = 64
 #: Bytes of a party in a chunk.
 _CHUNK = 1 << 14
 #: How many bytes before its turn a line is fetched where a row is one chunk: four pages.
-_EARLY = 1 << 14
+EARLY = 1 << 14
 #: Rows of a band.
 _BAND = 2 if WIDE else 1
 #: Numbers of tokens that rows are multiplied with, see `npllama.kernels.vector_rows.tokens_of`; sums of a band then.
@@ -239,11 +239,11 @@ def _multiply_party(
         start, stop = whole * chunk // chunks, whole * (chunk + 1) // chunks
         is_last = chunk + 1 == chunks
         first, end = start * per_line, groups if is_last else stop * per_line
-        coming, coming_row, coming_line = rows.data + _EARLY, _LINE, _BAND * _LINE
+        coming, coming_row, coming_line = rows.data + EARLY, _LINE, _BAND * _LINE
         if chunks > 1:
             coming = ahead.data if is_last else rows.data + stop * _LINE
             coming_row, coming_line = pitch, _LINE
-        elif BLOCK * pitch <= _EARLY:
+        elif BLOCK * pitch <= EARLY:
             coming += ahead.data - (rows.data + BLOCK * pitch)
         here = Chunk(
             rows,

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npllama.dtypes import GROUP, Array
-from npllama.kernels import byte_columns, byte_rows, simd, vector_rows
+from npllama.kernels import byte_columns, byte_rows, rounded_tokens, simd, vector_rows
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_rows import Rows, rows_at
 from npllama.kernels.byte_tokens import take_apart, tokens_bytes
@@ -92,7 +92,7 @@ def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -
     size = 0
     for is_int4 in (False, True):
         size = max(size, tokens_bytes(groups, is_int4, n_new))
-    size = max(size, byte_columns.tokens_bytes(groups, n_new))
+        size = max(size, rounded_tokens.tokens_bytes(groups, is_int4, n_new))
     bytes_room = max(byte_rows.room_size(groups), byte_columns.room_size(groups))
     room = max(4 * _SQUARE, max(vector_rows.room_size(), bytes_room))
     lines = aligned(vector_rows.tokens_size(n_new, widest, vector_rows.HALVES), like)
@@ -189,8 +189,8 @@ def _prepare_exact(x: Array, form: int, inputs: Inputs) -> None:
 
 @compiled()
 def _prepare_rounded(x: Array, form: int, inputs: Inputs) -> None:
-    size = byte_columns.tokens_bytes((x.shape[1] + GROUP - 1) // GROUP, x.shape[0])
-    byte_columns.round_tokens(x, form == _INT4, inputs.tokens[form - 1, :size])
+    size = rounded_tokens.tokens_bytes((x.shape[1] + GROUP - 1) // GROUP, form == _INT4, x.shape[0])
+    rounded_tokens.round_tokens(x, form == _INT4, inputs.tokens[form - 1, :size])
 
 
 @compiled()

@@ -93,17 +93,18 @@ def splat(builder: Any, value: Any, lanes: int = 16) -> Any:
 
 
 def lanes_added(builder: Any, vectors: Sequence[Any]) -> Any:
-    """Return the sums of the sixteen float32 lanes of 1, 2, 4, 8 or 16 vectors, as the first lanes of a vector.
+    """Return the sums of the sixteen lanes of 1, 2, 4, 8 or 16 vectors, float32 or int32, as the first lanes of one.
 
     A vector's lanes are added in pairs of halves. Two vectors, half of whose lanes count, become one: what belongs to
     the first stands in the lower halves of its segments.
     """
+    add = builder.fadd if vectors[0].type == FLOAT_VECTOR else builder.add
 
     def pair(first: Any, second: Any, half: int) -> Any:
         segments = [*range(0, 16, 2 * half)]
         low = [lane for vector in (0, 16) for at in segments for lane in range(vector + at, vector + at + half)]
         parts = (ir.Constant(INT_VECTOR, [lane + shift for lane in low]) for shift in (0, half))
-        return builder.fadd(*(builder.shuffle_vector(first, second, lanes) for lanes in parts))
+        return add(*(builder.shuffle_vector(first, second, lanes) for lanes in parts))
 
     for half in (8, 4, 2, 1):
         ones, others = vectors[::2], vectors[1::2] or vectors
@@ -185,6 +186,35 @@ def loaded(context: Any, builder: Any, signature: Any, arguments: Any, kind: Any
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
 
 
+def first_shorts(builder: Any, place: Any, count: Any) -> Any:
+    """Return sixteen numbers of 16 bits at a pointer to bytes: the first ``count`` (int64), and zeros behind them.
+
+    No more of the memory is touched. VMOVDQU16 with a mask. Narrow registers have masks of 32 bits only: VPMASKMOVD
+    loads pairs, and an odd number is loaded by itself.
+    """
+    size = 2 if WIDE else 4
+    kind = ir.VectorType(ir.IntType(8 * size), 32 // size)
+    lanes = ir.Constant(ir.VectorType(LONG, kind.count), [*range(kind.count)])
+    n_there = builder.sdiv(count, LONG(size // 2))
+    mask = builder.icmp_signed("<", lanes, splat(builder, n_there, kind.count))
+    pointer, zeros = builder.bitcast(place, kind.as_pointer()), ir.Constant(kind, [0] * kind.count)
+    found = call(builder, f"llvm.masked.load.v{kind.count}i{8 * size}.p0", kind, pointer, WORD(1), mask, zeros)
+    if WIDE:
+        return found
+    is_odd = builder.and_(builder.icmp_unsigned("<", count, LONG(16)), builder.trunc(count, ir.IntType(1)))
+    before = builder.block
+    with builder.if_then(is_odd):
+        last = builder.gep(place, [builder.mul(builder.sub(count, LONG(1)), LONG(2))])
+        number = builder.load(builder.bitcast(last, ir.IntType(16).as_pointer()), align=1)
+        is_last = builder.icmp_signed("==", lanes, splat(builder, n_there, kind.count))
+        with_last = builder.select(is_last, splat(builder, builder.zext(number, WORD), kind.count), found)
+        there = builder.block
+    both = builder.phi(kind)
+    both.add_incoming(found, before)
+    both.add_incoming(with_last, there)
+    return builder.bitcast(both, ir.VectorType(ir.IntType(16), 16))
+
+
 def dots_of_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     """Return int32 lanes plus four products each, of uint8 and int8. VPDPBUSD, or VPMADDUBSW and VPMADDWD.
 
@@ -197,14 +227,14 @@ def dots_of_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     numbers = builder.bitcast(unsigned, BYTE_VECTOR)
     for mask in (127, 128):
         part = builder.and_(numbers, ir.Constant(BYTE_VECTOR, [mask] * 64))
-        total = builder.add(total, _pairs_added(builder, products_of_bytes(builder, part, signed)))
+        total = builder.add(total, pairs_added(builder, products_of_bytes(builder, part, signed)))
     return total
 
 
 def dots_of_nibbles(builder: Any, total: Any, unsigned: Sequence[Any], signed: Sequence[Any]) -> Any:
     """Do `dots_of_bytes` to up to eight vectors whose unsigned numbers are below 16. VPMADDUBSW, VPADDW, VPMADDWD."""
     pairs = [products_of_bytes(builder, *factors) for factors in zip(unsigned, signed, strict=True)]
-    return builder.add(total, _pairs_added(builder, reduce(builder.add, pairs)))
+    return builder.add(total, pairs_added(builder, reduce(builder.add, pairs)))
 
 
 def products_of_bytes(builder: Any, unsigned: Any, signed: Any) -> Any:
@@ -219,7 +249,8 @@ def products_of_shorts(builder: Any, a: Any, b: Any) -> Any:
     return _in_registers(builder, name, INT_VECTOR, [(a, SHORT_VECTOR), (b, SHORT_VECTOR)])
 
 
-def _pairs_added(builder: Any, shorts: Any) -> Any:
+def pairs_added(builder: Any, shorts: Any) -> Any:
+    """Return sixteen int32, the sums of pairs of int16. VPMADDWD."""
     return products_of_shorts(builder, shorts, ir.Constant(SHORT_VECTOR, [1] * 32))
 
 

@@ -9,6 +9,7 @@ is multiplied by a factor, float32, at ``factors``; those of a sum are ``pitch``
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -23,6 +24,8 @@ _DIGITS = 3
 
 #: Sums that are worked on at a time: a processor begins with one while it waits for others.
 _AT_ONCE = 4
+#: Products with floats that a sum gets one after the other.
+_CHAIN = 4
 
 
 def _dots(builder: Any, totals: list[Any], unsigned: list[Any], signed: list[Any]) -> list[Any]:
@@ -56,14 +59,24 @@ def _int4_at(builder: Any, place: Any, number: int) -> Any:
 def _products_of_floats(
     builder: Any, totals: list[Any], places: list[Any], vector_at: Callable[..., Any], numbers: list[list[Any]]
 ) -> list[Any]:
-    """Add to float32 vectors the products of lines, as vectors of weights, and tokens. VFMADD231PS."""
-    for k, parts in enumerate(numbers):
-        weights = {place: vector_at(builder, place, k) for place in dict.fromkeys(places)}
-        totals = [
-            call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, weights[place], builder.bitcast(part, FLOAT_VECTOR), total)
-            for place, part, total in zip(places, parts, totals, strict=True)
-        ]
-    return totals
+    """Add to float32 vectors the products of lines, as vectors of weights, and tokens. VFMADD231PS, VADDPS.
+
+    A sum of many is several, each as long as `_CHAIN`: an instruction waits for the one before.
+    """
+    changed: list[list[Any]] = []
+    for first in range(0, len(numbers), _CHAIN):
+        sums = totals if first == 0 else [_all(0.0, FLOAT_VECTOR)] * len(totals)
+        for k, parts in enumerate(numbers[first : first + _CHAIN], first):
+            weights = {place: vector_at(builder, place, k) for place in dict.fromkeys(places)}
+            pairs = (
+                (weights[place], builder.bitcast(part, FLOAT_VECTOR)) for place, part in zip(places, parts, strict=True)
+            )
+            sums = [
+                call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *pair, total)
+                for pair, total in zip(pairs, sums, strict=True)
+            ]
+        changed.append(sums)
+    return [reduce(builder.fadd, sums) for sums in zip(*changed, strict=True)]
 
 
 def _added(

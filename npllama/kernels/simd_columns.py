@@ -8,19 +8,35 @@ Rows are turned 16 bytes at a time, just before these are multiplied: the proces
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.llvm import BYTE_VECTOR, INT_VECTOR, INTS, WORD, call, dots_of_bytes, intrinsic, splat, turned
+from npllama.kernels.llvm import (
+    BYTE_VECTOR,
+    INTS,
+    POINTER,
+    SHORT_VECTOR,
+    WIDE,
+    WORD,
+    dots_of_bytes,
+    first_shorts,
+    intrinsic,
+    pairs_added,
+    products_of_bytes,
+    products_of_shorts,
+    turned,
+)
 from npllama.kernels.simd_sums import apart, load, load_splat
 
 _tuple: Any = types.UniTuple
 
 #: Words of 32 bits that a token has for a group of 64 numbers, and those that are turned together.
 _WORDS, _QUARTER = 16, 4
+#: Tokens whose sums narrow registers hold in 16 bits.
+_AT_ONCE = 4
 
 
 @intrinsic
@@ -39,18 +55,13 @@ def columns_at(context: Any, address: Any, pitch: Any) -> Any:
 def copy_first(context: Any, target: Any, source: Any, count: Any) -> Any:
     """``copy_first(target, source, count)``: copy ``count`` numbers of 16 bits, up to 16, and zeros behind them.
 
-    VMOVDQU16 with a mask.
+    VMOVDQU16 with a mask or VPMASKMOVD.
     """
-    bits = ir.VectorType(ir.IntType(16), 16)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         target, source, count = arguments
-        places = ir.Constant(INT_VECTOR, [*range(16)])
-        mask = builder.icmp_signed("<", places, splat(builder, builder.trunc(count, WORD)))
-        pointers = [builder.inttoptr(place, bits.as_pointer()) for place in (source, target)]
-        zeros, alignment = ir.Constant(bits, [0] * 16), ir.Constant(WORD, 2)
-        found = call(builder, "llvm.masked.load.v16i16.p0", bits, pointers[0], alignment, mask, zeros)
-        builder.store(found, pointers[1], align=1)
+        found = first_shorts(builder, builder.inttoptr(source, POINTER), count)
+        builder.store(found, builder.inttoptr(target, found.type.as_pointer()), align=1)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), code
@@ -69,72 +80,97 @@ def _columns(builder: Any, address: Any, pitch: Any, words: range) -> Iterator[t
             yield first + i, builder.bitcast(column, BYTE_VECTOR)
 
 
-class _Sums:
-    """Sums of int32 that grow, one for each token.
+def _adding(grown: Callable[[Any, list[Any], Any, Any, Any], list[Any]]) -> Any:
+    """Return an intrinsic that adds products to sums, one for each token, given how the list of these grows."""
 
-    That of a single token is two in turns, or each instruction would wait for the one before.
-    """
+    def typed(context: Any, sums: Any, address: Any, pitch: Any, x: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            tile, address, pitch, x = arguments
+            totals = [builder.extract_value(tile, t) for t in range(sums.count)]
+            return context.make_tuple(builder, sums, grown(builder, totals, address, pitch, x))
 
-    def __init__(self, builder: Any, kind: Any, tile: Any) -> None:
-        self._builder, self._kind = builder, kind
-        self._turns = [[builder.extract_value(tile, t) for t in range(kind.count)]]
-        if kind.count == 1:
-            self._turns.append([ir.Constant(INT_VECTOR, [0] * 16)])
+        return sums(sums, *[types.int64] * 3), code
 
-    def add(self, column: Any, x: Any, word: int) -> None:
-        """Add the products of a column, unsigned, and a word of each token, signed. VPDPBUSD."""
-        totals = self._turns.pop(0)
-        for t, total in enumerate(totals):
-            totals[t] = dots_of_bytes(
-                self._builder, total, column, load_splat(self._builder, x, _WORDS * t + word, WORD)
-            )
-        self._turns.append(totals)
+    return intrinsic(typed)
 
-    def tile(self, context: Any) -> Any:
-        """Return the sums as a tuple."""
-        totals, *others = self._turns
-        for other in others:
-            totals = [self._builder.add(*pair) for pair in zip(totals, other, strict=True)]
-        return context.make_tuple(self._builder, self._kind, totals)
+
+def _with_dots(builder: Any, totals: list[Any], column: Any, x: Any, word: int) -> list[Any]:
+    """Return sums with the products of a column, unsigned, and a word of each token, signed. VPDPBUSD."""
+    return [
+        dots_of_bytes(builder, total, column, load_splat(builder, x, _WORDS * t + word, WORD))
+        for t, total in enumerate(totals)
+    ]
 
 
 def _all(number: int) -> Any:
     return ir.Constant(BYTE_VECTOR, [number] * 64)
 
 
-@intrinsic
-def add_bytes(context: Any, sums: Any, address: Any, pitch: Any, x: Any) -> Any:
-    """``add_bytes(sums, address, pitch, x)``: add the products of a group of int8 weights, 128 larger than they are.
-
-    The sums are int32, one for each token; 64 bytes of sixteen rows begin ``pitch`` bytes apart, 64 int8 of each token
-    follow one another. VPXORD, VPDPBUSD.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, address, pitch, x = arguments
-        growing = _Sums(builder, sums, tile)
-        for word, column in _columns(builder, address, pitch, range(_WORDS)):
-            growing.add(builder.xor(column, _all(128)), x, word)
-        return growing.tile(context)
-
-    return sums(sums, *[types.int64] * 3), code
+def _with_bytes(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
+    for word, column in _columns(builder, address, pitch, range(_WORDS)):
+        totals = _with_dots(builder, totals, builder.xor(column, _all(128)), x, word)
+    return totals
 
 
-@intrinsic
-def add_nibbles(context: Any, sums: Any, address: Any, pitch: Any, x: Any) -> Any:
-    """``add_nibbles(sums, address, pitch, x)``: the same with a group of int4 weights, 32 bytes, as they are stored.
+#: ``add_bytes(sums, address, pitch, x)``: add the products of a group of int8 weights, 128 larger than they are. The
+#: sums are int32, one for each token; 64 bytes of sixteen rows begin ``pitch`` bytes apart, 64 int8 of each token
+#: follow one another. VPXORD, VPDPBUSD.
+add_bytes = _adding(_with_bytes)
 
-    The low halves of bytes meet the first half of a token's numbers, the high ones the other. VPANDD, VGF2P8AFFINEQB,
-    VPDPBUSD.
-    """
+
+def _with_words(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
+    """Add to the sums of as many tokens at a time as registers have room for."""
+    eight = ir.Constant(SHORT_VECTOR, [8] * 32)
+    for first in range(0, _WORDS, _QUARTER):
+        parts = []
+        for word, column in _columns(builder, address, pitch, range(first, first + _QUARTER)):
+            odd = builder.bitcast(column, SHORT_VECTOR)
+            parts += [(builder.ashr(builder.shl(odd, eight), eight), word), (builder.ashr(odd, eight), _WORDS + word)]
+        for start in range(0, len(totals), _AT_ONCE):
+            for part, word in parts:
+                for t in range(start, min(start + _AT_ONCE, len(totals))):
+                    number = load_splat(builder, x, 2 * _WORDS * t + word, WORD)
+                    totals[t] = builder.add(totals[t], products_of_shorts(builder, part, number))
+    return totals
+
+
+#: ``add_words(sums, address, pitch, x)``: the same with weights as they are, and two lines of 32 int16 of each token:
+#: of each four the first and the third, and the second and the fourth. VPSLLW, VPSRAW, VPMADDWD, VPADDD.
+add_words = _adding(_with_words)
+
+
+def _with_nibbles(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
     half = _WORDS // 2
+    for first in range(0, half, _QUARTER):
+        parts = []
+        for word, column in _columns(builder, address, pitch, range(first, first + _QUARTER)):
+            parts += [(builder.and_(column, _all(15)), word), (builder.lshr(column, _all(4)), half + word)]
+        if WIDE:
+            for part, word in parts:
+                totals = _with_dots(builder, totals, part, x, word)
+        else:
+            totals = _with_short_dots(builder, totals, parts, x)
+    return totals
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, address, pitch, x = arguments
-        growing = _Sums(builder, sums, tile)
-        for word, column in _columns(builder, address, pitch, range(half)):
-            growing.add(builder.and_(column, _all(15)), x, word)
-            growing.add(builder.lshr(column, _all(4)), x, half + word)
-        return growing.tile(context)
 
-    return sums(sums, *[types.int64] * 3), code
+def _with_short_dots(builder: Any, totals: list[Any], parts: list[tuple[Any, int]], x: Any) -> list[Any]:
+    """Do `_with_dots` to eight columns whose numbers are below 16: sums of sixteen products fit into 16 bits.
+
+    As many tokens at a time as registers have room for. VPMADDUBSW, VPADDW, VPMADDWD.
+    """
+    changed = []
+    for first in range(0, len(totals), _AT_ONCE):
+        tokens = range(first, min(first + _AT_ONCE, len(totals)))
+        sums = [ir.Constant(SHORT_VECTOR, [0] * 32) for _ in tokens]
+        for part, word in parts:
+            numbers = (load_splat(builder, x, _WORDS * t + word, WORD) for t in tokens)
+            products = (products_of_bytes(builder, part, number) for number in numbers)
+            sums = [builder.add(*pair) for pair in zip(sums, products, strict=True)]
+        changed += [builder.add(totals[t], pairs_added(builder, total)) for t, total in zip(tokens, sums, strict=True)]
+    return changed
+
+
+#: ``add_nibbles(sums, address, pitch, x)``: what `add_bytes` does, with a group of int4 weights, 32 bytes, as they are
+#: stored. The low halves of bytes meet the first half of a token's numbers, the high ones the other. VPANDD,
+#: VGF2P8AFFINEQB, VPDPBUSD; or VPSRLW, VPMADDUBSW, VPADDW, VPMADDWD.
+add_nibbles = _adding(_with_nibbles)

@@ -21,9 +21,9 @@ from npllama.kernels.llvm import (
     Vector,
     address,
     call,
+    first_shorts,
     intrinsic,
     loaded,
-    splat,
 )
 
 _HALF = ir.VectorType(BYTE, 32)
@@ -39,15 +39,11 @@ def _lanes(count: int, numbers: Any) -> Any:
 def load_first_bfloat16(context: Any, array: Any, index: Any, count: Any) -> Any:
     """``load_first_bfloat16(array, index, count)``: ``count`` bit patterns, up to 16, as float32; zeros behind them.
 
-    VMOVDQU16 with a mask, VPSLLD.
+    VMOVDQU16 with a mask or VPMASKMOVD, VPSLLD.
     """
-    bits = ir.VectorType(ir.IntType(16), 16)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.bitcast(address(context, builder, signature.args[0], *arguments[:2]), bits.as_pointer())
-        mask = builder.icmp_signed("<", _lanes(16, range(16)), splat(builder, builder.trunc(arguments[2], WORD)))
-        zeros, alignment = ir.Constant(bits, [0] * 16), ir.Constant(WORD, 2)
-        half = call(builder, "llvm.masked.load.v16i16.p0", bits, pointer, alignment, mask, zeros)
+        half = first_shorts(builder, address(context, builder, signature.args[0], *arguments[:2]), arguments[2])
         wide = builder.shl(builder.zext(half, INT_VECTOR), ir.Constant(INT_VECTOR, [16] * 16))
         return builder.bitcast(wide, FLOAT_VECTOR)
 

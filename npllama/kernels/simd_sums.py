@@ -238,16 +238,16 @@ def add_outer_to_memory(context: Any, address: Any, vector: Any, numbers: Any) -
 
 @intrinsic
 def store_totals(context: Any, address: Any, sums: Any) -> Any:
-    """``store_totals(address, sums)``: write the sum of each vector's lanes, of 1, 2, 4, 8 or 16 vectors.
+    """``store_totals(address, sums)``: write the sum of each vector's lanes, of 1, 2, 4, 8 or 16 float32 or int32.
 
-    VPERMT2PS, VADDPS.
+    VPERMT2PS, VADDPS, VPADDD.
     """
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address, tile = arguments
         totals = lanes_added(builder, [builder.extract_value(tile, i) for i in range(sums.count)])
         few = ir.Constant(ir.VectorType(WORD, sums.count), [*range(sums.count)])
-        place = _at(builder, address, 0, ir.VectorType(ir.FloatType(), sums.count))
+        place = _at(builder, address, 0, ir.VectorType(totals.type.element, sums.count))
         builder.store(builder.shuffle_vector(totals, totals, few), place, align=1)
         return context.get_dummy_value()
 

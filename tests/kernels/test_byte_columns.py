@@ -1,4 +1,4 @@
-"""Products of a few tokens that are rounded to int8: sixteen rows side by side."""
+"""Products of a few tokens that are rounded to int8: sixteen rows at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.kernels.test_byte_rows import normal, stored
 PATH = "avx2"
 pytestmark = pytest.mark.skipif(not PATHS[PATH] <= host_features(), reason="this processor has no AVX2")
 
-#: Rows and their numbers: fewer than a block, one and a part; groups short, odd and of several chunks.
-SHAPES = [(1, 1), (16, 64), (35, 65), (20, 576), (33, 1100), (50, 2100), (18, 8300)]
+#: Rows and their numbers: fewer than a block, one and a part; groups short, odd, of several chunks, pages apart.
+SHAPES = [(1, 1), (16, 64), (35, 65), (20, 576), (33, 1100), (50, 2100), (18, 8300), (33, 8192)]
 
 
 @pytest.mark.parametrize("dtype", PACKINGS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from npllama.kernels.features import PATHS, host_features
-from npllama.kernels.simd_columns import add_bytes, add_nibbles
+from npllama.kernels.simd_columns import add_bytes, add_nibbles, add_words, copy_first
 from npllama.kernels.simd_sums import first_sums, store_sums
 
 RNG = np.random.default_rng(4)
@@ -19,7 +19,7 @@ NUMBERS = RNG.integers(-128, 128, (TOKENS, 64)).astype(np.int8)
 BEGINS = RNG.integers(-(1 << 20), 1 << 20, TOKENS).astype(np.int32)
 
 
-def added(instruction: object, at: int) -> np.ndarray:
+def added(instruction: object, at: int, numbers: np.ndarray = NUMBERS) -> np.ndarray:
     """Return the sums (tokens, 16) of what begins at a byte of each row."""
 
     @numba.njit
@@ -27,7 +27,7 @@ def added(instruction: object, at: int) -> np.ndarray:
         store_sums(out, instruction(first_sums(begins, TOKENS), rows, 100, x))
 
     found = np.zeros((TOKENS, 16), np.int32)
-    kernel(found.ctypes.data, BEGINS.ctypes.data, ROWS.ctypes.data + at, NUMBERS.ctypes.data)
+    kernel(found.ctypes.data, BEGINS.ctypes.data, ROWS.ctypes.data + at, numbers.ctypes.data)
     return found
 
 
@@ -36,7 +36,26 @@ def test_a_lane_is_the_exact_product_of_a_row_of_int8_and_a_token() -> None:
     np.testing.assert_array_equal(added(add_bytes, 7), BEGINS[:, None] + NUMBERS.astype(np.int64) @ weights.T)
 
 
+def test_pairs_of_int16_give_the_same_with_weights_as_they_are() -> None:
+    weights = ROWS[:, 7:71].view(np.int8).astype(np.int64)
+    fours = NUMBERS.reshape(TOKENS, 16, 4)
+    pairs = np.ascontiguousarray(np.stack([fours[:, :, 0::2], fours[:, :, 1::2]], 1).astype(np.int16))
+    np.testing.assert_array_equal(added(add_words, 7, pairs), BEGINS[:, None] + NUMBERS.astype(np.int64) @ weights.T)
+
+
 def test_low_halves_of_bytes_are_the_first_numbers_of_a_group_and_high_ones_the_last() -> None:
     group = ROWS[:, 11:43].astype(np.int64)
     weights = np.hstack([group & 15, group >> 4])
     np.testing.assert_array_equal(added(add_nibbles, 11), BEGINS[:, None] + NUMBERS.astype(np.int64) @ weights.T)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 15, 16])
+def test_the_first_few_numbers_of_16_bits_and_zeros_behind_them(count: int) -> None:
+    source, target = np.arange(1, 20, dtype=np.uint16), np.full(18, 99, np.uint16)
+
+    @numba.njit
+    def kernel(target: int, source: int) -> None:
+        copy_first(target, source, count)
+
+    kernel(target.ctypes.data, source.ctypes.data)
+    np.testing.assert_array_equal(target, [*range(1, count + 1), *[0] * (16 - count), 99, 99])
