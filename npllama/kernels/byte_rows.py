@@ -352,7 +352,7 @@ def _weigh(count: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) ->
         for g in range(0, chunk.n_here, _LANES):
             group = chunk.first + g
             scale = _bfloat16_at(scales + 2 * (chunk.groups * r + group), chunk.groups - group)
-            for t in range(count):
+            for t in range(count if WIDE else 1):
                 step = load_floats(tokens.steps + t * tokens.pitch, 4 * group)
                 simd.store(chunk.factors + (r * count + t) * pitch, 4 * g, simd.multiply(scale, step))
 

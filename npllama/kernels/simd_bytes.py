@@ -9,14 +9,14 @@ is multiplied by a factor, float32, at ``factors``; those of a sum are ``pitch``
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.byte_tokens import LINES_OF_INT4, LINES_OF_INT8, NIBBLES
-from npllama.kernels.llvm import BYTE, BYTE_VECTOR, FLOAT_VECTOR, INT_VECTOR, WIDE, call, dots_of_bytes, intrinsic
+from npllama.kernels import simd_narrow
+from npllama.kernels.byte_tokens import LINES_OF_INT4, LINES_OF_INT8
+from npllama.kernels.llvm import BYTE_VECTOR, FLOAT_VECTOR, INT_VECTOR, WIDE, call, dots_of_bytes, intrinsic
 from npllama.kernels.simd_sums import apart, load, load_splat
 
 _LINE = 64
@@ -24,8 +24,6 @@ _DIGITS = 3
 
 #: Sums that are worked on at a time: a processor begins with one while it waits for others.
 _AT_ONCE = 4
-#: Products with floats that a sum gets one after the other.
-_CHAIN = 4
 
 
 def _dots(builder: Any, totals: list[Any], unsigned: list[Any], signed: list[Any]) -> list[Any]:
@@ -40,43 +38,6 @@ def _at_next_place(builder: Any, totals: list[Any]) -> list[Any]:
 
 def _all(number: float, vector: Any) -> Any:
     return ir.Constant(vector, [number] * vector.count)
-
-
-def _int8_at(builder: Any, place: Any, number: int) -> Any:
-    """Return sixteen int8 of a line, the first, the second, ..., as float32. VPMOVSXBD, VCVTDQ2PS."""
-    numbers = load(builder, place, 16 * number, ir.VectorType(BYTE, 16))
-    return builder.sitofp(builder.sext(numbers, INT_VECTOR), FLOAT_VECTOR)
-
-
-def _int4_at(builder: Any, place: Any, number: int) -> Any:
-    """Return an int4 of each word of a line, from the lowest on, as float32: number k but the last times 16**k."""
-    words = load(builder, place, 0, INT_VECTOR)
-    if number == NIBBLES - 1:
-        return builder.sitofp(builder.lshr(words, _all(4 * number, INT_VECTOR)), FLOAT_VECTOR)
-    return builder.sitofp(builder.and_(words, _all(15 << 4 * number, INT_VECTOR)), FLOAT_VECTOR)
-
-
-def _products_of_floats(
-    builder: Any, totals: list[Any], places: list[Any], vector_at: Callable[..., Any], numbers: list[list[Any]]
-) -> list[Any]:
-    """Add to float32 vectors the products of lines, as vectors of weights, and tokens. VFMADD231PS, VADDPS.
-
-    A sum of many is several, each as long as `_CHAIN`: an instruction waits for the one before.
-    """
-    changed: list[list[Any]] = []
-    for first in range(0, len(numbers), _CHAIN):
-        sums = totals if first == 0 else [_all(0.0, FLOAT_VECTOR)] * len(totals)
-        for k, parts in enumerate(numbers[first : first + _CHAIN], first):
-            weights = {place: vector_at(builder, place, k) for place in dict.fromkeys(places)}
-            pairs = (
-                (weights[place], builder.bitcast(part, FLOAT_VECTOR)) for place, part in zip(places, parts, strict=True)
-            )
-            sums = [
-                call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *pair, total)
-                for pair, total in zip(pairs, sums, strict=True)
-            ]
-        changed.append(sums)
-    return [reduce(builder.fadd, sums) for sums in zip(*changed, strict=True)]
 
 
 def _added(
@@ -125,9 +86,6 @@ def inner_bytes(
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def products(places: list[Any], token: list[list[Any]]) -> list[Any]:
-            if not WIDE:
-                totals = [_all(0.0, FLOAT_VECTOR)] * len(places)
-                return _products_of_floats(builder, totals, places, _int8_at, token)
             weights = [load(builder, place, 0, BYTE_VECTOR) for place in places]
             raised = [builder.xor(line, _all(128, BYTE_VECTOR)) for line in weights]
             nothing = [_all(0, INT_VECTOR)] * len(weights)
@@ -146,6 +104,8 @@ def inner_bytes(
         def factor(place: Any) -> Any:
             return load_splat(builder, place, 0, ir.FloatType())
 
+        if not WIDE:
+            return simd_narrow.added(context, builder, sums, rows.literal_value, arguments, simd_narrow.INT8)
         return _added(context, builder, sums, rows.literal_value, arguments, products, LINES_OF_INT8, factor)
 
     return sums(sums, rows, *[types.int64] * 5), code
@@ -164,10 +124,6 @@ def inner_nibbles(
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         def products(places: list[Any], token: list[list[Any]]) -> list[Any]:
-            if not WIDE:
-                *numbers, begins = token
-                totals = [builder.bitcast(begin, FLOAT_VECTOR) for begin in begins]
-                return _products_of_floats(builder, totals, places, _int4_at, numbers)
             weights = [load(builder, place, 0, BYTE_VECTOR) for place in places]
             low = [builder.and_(line, _all(15, BYTE_VECTOR)) for line in weights]
             high = [builder.lshr(line, _all(4, BYTE_VECTOR)) for line in weights]
@@ -185,6 +141,8 @@ def inner_nibbles(
             both = load(builder, place, 0, ir.VectorType(ir.FloatType(), 2))
             return builder.shuffle_vector(both, both, ir.Constant(INT_VECTOR, [0] * 8 + [1] * 8))
 
+        if not WIDE:
+            return simd_narrow.added(context, builder, sums, rows.literal_value, arguments, simd_narrow.INT4)
         return _added(context, builder, sums, rows.literal_value, arguments, products, LINES_OF_INT4, factor)
 
     return sums(sums, rows, *[types.int64] * 5), code

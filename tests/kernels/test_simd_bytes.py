@@ -77,7 +77,7 @@ def test_halves_of_bytes_meet_two_groups() -> None:
 def test_int8_weights_meet_float32() -> None:
     x = RNG.normal(size=(TOKENS, 64)).astype(np.float32)
     products = (WEIGHTS.view(np.int8)[:, None] * x.astype(np.float64)).reshape(ROWS, TOKENS, 4, 16).sum(axis=2)
-    expected = products * FACTORS[..., :1].astype(np.float64)
+    expected = products * FACTORS[:, :1, :1].astype(np.float64)
     np.testing.assert_allclose(added(simd_bytes.inner_bytes, x), expected, 1e-5, 1e-4)
 
 
@@ -87,6 +87,6 @@ def test_words_of_int4_meet_float32_of_two_groups() -> None:
     nibbles = WEIGHTS.view(np.uint32)[:, None] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None] & 15  # (rows, 8, 16)
     products = begins[:, 0] + (nibbles[:, None] * x.astype(np.float64)).sum(axis=2)
     places = np.float32(16) ** -np.array([0, 1, 2, 3, 4, 5, 6, 0], np.float32)[:, None]
-    expected = products * FACTORS[..., :2].repeat(8, axis=-1).astype(np.float64)
+    expected = products * FACTORS[:, :1, :2].repeat(8, axis=-1).astype(np.float64)
     laid = np.ascontiguousarray(np.concatenate([x * places, begins], axis=1))
     np.testing.assert_allclose(added(simd_bytes.inner_nibbles, laid), expected, 1e-5, 1e-4)
