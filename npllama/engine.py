@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from npllama.errors import ParameterError
 from npllama.model import Ops, forward
 from npllama.taps import Recorder, Tap, untapped
 from npllama.weights import LayerWeights, Weights
+
+#: Called as ``progress(what, done, total)``.
+Progress = Callable[[str, int, int], None]
 
 
 class Model:
@@ -53,6 +56,7 @@ class Model:
         cache_dtype: str = "float32",
         tokenizer: Any = None,
         notice: str | None = None,
+        prepare: Callable[[Progress | None], None] | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -64,8 +68,23 @@ class Model:
         self.notice = notice
         self.recorder: Recorder | None = None
         self._ops = ops
+        self._prepare = prepare
         self._at_once = ops.through_layers(weights, config)
         self._dtype = np.dtype(dtype)
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Compile the kernels that the model needs and that no earlier process has compiled.
+
+        `npllama.load` does so unless it is told not to. What is not compiled here is when it is first used.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called as ``progress(what, done, total)``.
+        """
+        if self._prepare is not None:
+            self._prepare(progress)
+            self._prepare = None
 
     def new_cache(self, capacity: int) -> KVCache:
         """Return an empty cache for this model with room for ``capacity`` positions."""

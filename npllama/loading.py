@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +13,11 @@ import numpy as np
 from npllama import ops
 from npllama.cache import check_dtype
 from npllama.checkpoint.store import Store
-from npllama.engine import Model
+from npllama.engine import Model, Progress
 from npllama.errors import BackendError, ParameterError
 from npllama.rounding import ACTIVATIONS, with_rounded_inputs
 from npllama.text import tokenizer as text
 from npllama.weights import gather_weights
-
-Progress = Callable[[str, int, int], None]
 
 BACKENDS = ("fast", "numpy", "float64")
 
@@ -33,6 +31,7 @@ def load(
     activations: str = "float32",
     cache_dtype: str | None = None,
     special_tokens: Sequence[str] = (),
+    prepare: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Open a converted model.
@@ -59,6 +58,9 @@ def load(
         `npllama.KVCache` of your own may differ; what it needs is then compiled when it is first used.
     special_tokens : sequence of str
         Your own special tokens, appended after the vocabulary; the embedding must have rows for them.
+    prepare : bool
+        Compile what the model needs, which takes half a minute the first time. Otherwise `Model.prepare` does so, or
+        the first forward pass.
     progress : callable, optional
         Called as ``progress(what, done, total)`` while kernels are compiled for the first time.
 
@@ -106,23 +108,31 @@ def load(
         cache_dtype=cache_dtype,
         tokenizer=tokenizer,
         notice=_notice(store),
+        prepare=(lambda progress: _compile(model, kernels, progress)) if backend == "fast" else None,
     )
     if backend == "fast":
         from npllama.kernels.memory import keep_freed_memory
-        from npllama.kernels.warmup import Needs, compile_kernels
 
         keep_freed_memory()
-        needs = Needs(
-            weights.output.dtype,
-            kernels,
-            activations,
-            cache_dtype,
-            layer_norm=store.config.norm == "layer",
-            gated=store.config.gated,
-            at_once=model.runs_at_once,
-        )
-        compile_kernels(needs, progress)
+    if prepare:
+        model.prepare(progress)
     return model
+
+
+def _compile(model: Model, kernels: str | None, progress: Progress | None) -> None:
+    """Compile the kernels of a path that a model needs."""
+    from npllama.kernels.warmup import Needs, compile_kernels
+
+    needs = Needs(
+        model.weights.output.dtype,
+        kernels,
+        model.activations,
+        model.cache_dtype,
+        layer_norm=model.config.norm == "layer",
+        gated=model.config.gated,
+        at_once=model.runs_at_once,
+    )
+    compile_kernels(needs, progress)
 
 
 def _notice(store: Store) -> str | None:

@@ -88,6 +88,20 @@ def test_what_a_cache_needs_is_compiled_by_loading(store: Path, monkeypatch: pyt
     assert [needs.cache_dtype for needs in asked] == ["bfloat16", "float32"]
 
 
+def test_a_model_that_is_not_prepared_compiles_when_it_is_told_to(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from npllama.kernels import warmup
+
+    asked: list[object] = []
+    monkeypatch.setattr(warmup, "compile_kernels", lambda needs, progress: asked.append(progress))
+    model = npllama.load(store, prepare=False)
+    assert asked == []
+    model.prepare(print)
+    model.prepare()
+    assert asked == [print]
+    npllama.load(store, backend="numpy").prepare()
+    assert asked == [print]
+
+
 #: A program that loads a store and prints which kernels few or many tokens had to compile then.
 FORGOTTEN = """
 import sys

@@ -10,7 +10,7 @@ import numpy as np
 
 from npllama.checkpoint.quantize import quantize
 from npllama.commands.console import Progress, human, per_second, print_json, print_table
-from npllama.commands.engine import load_model
+from npllama.commands.engine import load_model, prepared
 from npllama.dtypes import PACKINGS, Tensor, narrow
 from npllama.engine import Model
 from npllama.generation.bench import Limits, Speed, bench
@@ -23,7 +23,7 @@ _ROWS, _SIDE = 512, 2048
 
 def run(options: argparse.Namespace) -> int:
     """Measure, and print the speeds of prefill and decode with their shares of what the machine can do."""
-    model = load_model(options)
+    model = prepared(load_model(options))
     limits = _limits(model, options.kernels) if model.backend == "fast" else None
     with Progress() as progress:
         speed = bench(

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from npllama.commands.console import notice
-from npllama.commands.engine import load_model, sampling_settings, tell_if_outgrown
+from npllama.commands.engine import load_model, prepared, sampling_settings, tell_if_outgrown
 from npllama.engine import Model
 from npllama.errors import ContextOverflowError
 from npllama.generation.conversation import Conversation
@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(options)
     settings = {**sampling_settings(options), "lookup": options.lookup}
     conversation = _begin(model, options)
+    prepared(model)
     if _is_interactive():
         with contextlib.suppress(ImportError):  # absent on some systems; input() then has no history
             import readline  # noqa: F401 - importing it gives input() editing and history

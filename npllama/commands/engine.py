@@ -18,19 +18,28 @@ _CACHE_DTYPES = {None: None, "f32": "float32", "bf16": "bfloat16"}
 
 
 def load_model(options: argparse.Namespace) -> Model:
-    """Load ``options.model`` with the engine options, and say on stderr what should be known of it."""
-    with Progress() as progress:
-        model = load(
-            options.model,
-            backend=options.backend,
-            threads=options.threads,
-            kernels=options.kernels,
-            activations=options.activations,
-            cache_dtype=_CACHE_DTYPES[getattr(options, "cache_dtype", None)],
-            progress=progress,
-        )
+    """Open ``options.model`` with the engine options, and say on stderr what should be known of it.
+
+    What can be wrong with the rest of a command is found before `prepared` makes anybody wait.
+    """
+    model = load(
+        options.model,
+        backend=options.backend,
+        threads=options.threads,
+        kernels=options.kernels,
+        activations=options.activations,
+        cache_dtype=_CACHE_DTYPES[getattr(options, "cache_dtype", None)],
+        prepare=False,
+    )
     if model.notice:
         notice(model.notice)
+    return model
+
+
+def prepared(model: Model) -> Model:
+    """Return a model whose kernels are compiled; show how far that is."""
+    with Progress() as progress:
+        model.prepare(progress)
     return model
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 from npllama.commands.console import notice, per_second, print_json, visible
-from npllama.commands.engine import load_model, read_text, sampling_settings, tell_if_outgrown
+from npllama.commands.engine import load_model, prepared, read_text, sampling_settings, tell_if_outgrown
 from npllama.engine import Model
 from npllama.errors import ParameterError
 from npllama.generation.batch import batch_ids, generate_batch
@@ -32,6 +32,7 @@ def _run_one(options: argparse.Namespace) -> int:
     settings = sampling_settings(options)
     steps = Timed(generate(model, ids, lookup=options.lookup, **settings), len(ids))
     written: list[Step] = []
+    prepared(model)
     try:
         for step in steps:
             written.append(step)
@@ -74,6 +75,7 @@ def _run_batch(options: argparse.Namespace) -> int:
         lanes=options.lanes,
         **sampling_settings(options),
     )
+    prepared(model)
     texts: list[tuple[list[int], list[Step]]] = [(prompt, []) for prompt in prompts]
     for index, step in steps:
         ids, written = texts[index]

@@ -8,7 +8,7 @@ from npllama import __version__
 from npllama.check.run import dtype_of, run_trace
 from npllama.check.trace import TraceWriter
 from npllama.commands.console import notice
-from npllama.commands.engine import load_model
+from npllama.commands.engine import load_model, prepared
 from npllama.errors import ParameterError
 from npllama.generation.prompt import prompt_ids
 
@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> int:
             remedy="Give --decode at least 1, and fewer than there are tokens.",
         )
     prefill = len(tokens) - fed
+    prepared(model)
     with TraceWriter(
         options.output,
         producer=f"npllama {__version__} ({options.backend})",

@@ -10,7 +10,7 @@ from npllama.check.golden import open_golden, record_golden, replay
 from npllama.check.report import Report
 from npllama.checkpoint.store import Store, Verification, verify_store
 from npllama.commands.console import Progress, human, notice, print_json
-from npllama.commands.engine import load_model
+from npllama.commands.engine import load_model, prepared
 from npllama.errors import CorruptDataError, NpllamaError, ParameterError
 from npllama.loading import load
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             if options.record:
                 record(options.model)
             golden = open_golden(Store.open(options.model))
-            report = None if golden is None else replay(load_model(options), golden)
+            report = None if golden is None else replay(prepared(load_model(options)), golden)
         except NpllamaError as problem:
             problems.append(problem)
     if options.json:

@@ -8,7 +8,7 @@ from typing import Any
 
 from npllama.engine import Model
 from npllama.generation.generate import generate
-from npllama.generation.prompt import prompt_ids
+from npllama.generation.prompt import prompt_ids, tokenizer_of
 from npllama.generation.writer import Step
 
 
@@ -24,6 +24,11 @@ class Conversation:
     capacity : int
         Positions that the whole dialog may take, at most the model's context.
 
+    Raises
+    ------
+    TokenizerError
+        The model has no tokenizer.
+
     Attributes
     ----------
     messages : list of dict
@@ -33,6 +38,7 @@ class Conversation:
     """
 
     def __init__(self, model: Model, *, system: str | None = None, capacity: int) -> None:
+        tokenizer_of(model)
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.cache = model.new_cache(capacity)
         self._model = model

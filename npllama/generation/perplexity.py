@@ -114,6 +114,7 @@ def perplexity(
         raise ParameterError(
             f"the text has {len(ids)} tokens: too few to measure a perplexity", remedy="Give a longer text."
         )
+    model.prepare(progress)
     scores = []
     windows = list(_windows(len(ids), context - len(bos), first=1 - len(bos)))
     for window in windows:

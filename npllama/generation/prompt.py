@@ -39,9 +39,9 @@ def prompt_ids(model: Model, prompt: Prompt, *, start: bool = True) -> list[int]
         A text or messages, but no tokenizer.
     """
     if isinstance(prompt, str):
-        ids = _tokenizer(model).encode(prompt, bos=None if start else False)
+        ids = tokenizer_of(model).encode(prompt, bos=None if start else False)
     elif len(prompt) and isinstance(prompt[0], Mapping):
-        ids = dialog_prompt(_tokenizer(model), cast("Sequence[Mapping[str, Any]]", prompt))
+        ids = dialog_prompt(tokenizer_of(model), cast("Sequence[Mapping[str, Any]]", prompt))
     else:
         ids = list(prompt)
     if not ids:
@@ -56,7 +56,8 @@ def prompt_ids(model: Model, prompt: Prompt, *, start: bool = True) -> list[int]
     return [int(token) for token in ids]
 
 
-def _tokenizer(model: Model) -> Any:
+def tokenizer_of(model: Model) -> Any:
+    """Return a model's tokenizer, or raise a `TokenizerError` where it has none."""
     if model.tokenizer is None:
         raise TokenizerError(
             "this model has no tokenizer: it takes and gives token ids only",

@@ -77,6 +77,9 @@ class FakeModel:
         self._logits = logits
         self._seen: dict[int, list[int]] = {}  # by cache: the tokens behind it
 
+    def prepare(self, progress: object = None) -> None:
+        """There is nothing to compile."""
+
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.config, capacity, self.cache_dtype)
 
