@@ -5,8 +5,8 @@ queries go through a block of keys in **parties** of four, filled up with zeros,
 its own: that decides the order of sums, so it does not depend on how many tokens there are. Of as many keys as make
 sixteen scores with a party (with narrow registers four), the sums of all stay in registers
 (`npllama.kernels.simd_chunks`), and so do those of its queries over the values of a block, 64 numbers of a head at a
-time. A vector of scores is those of a key for each query, then those of the next key: a lane belongs to one query
-throughout.
+time (with narrow registers 32 of bfloat16, for one pair of queries after the other). A vector of scores is those of a
+key for each query, then those of the next key: a lane belongs to one query throughout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from npllama.kernels.attend_piece import (
     exp2,
 )
 from npllama.kernels.jit import narrowed, widened
-from npllama.kernels.llvm import WIDE
+from npllama.kernels.llvm import NARROW, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.portable import dot_tile
 from npllama.kernels.simd import add, broadcast, load, maximum, multiply, nearest, store, store_one
@@ -49,6 +49,7 @@ from npllama.kernels.simd_words import bfloat16_of, rounded_pair
 from npllama.kernels.subroutines import subroutine
 
 _PARTY = 4
+_PAIR, _SUMS_OF_PAIR = 2, 4
 _LANES = 16
 _SUMS = 16 if WIDE else 4  # of scores, in registers
 _LINE = 64
@@ -195,7 +196,7 @@ def _score(size: int, piece: Piece, like: Array, keys: int, n_keys: int, ahead: 
             rows, row_bytes = party.spare, party.head_dim * like.itemsize
         tile = no_sums(_SUMS)
         for d in range(0, party.head_dim, _CHUNK):
-            place, x, there = rows + d * like.itemsize, party.queries + 4 * size * d, _there(party.head_dim - d)
+            place, x, there = rows + d * like.itemsize, party.queries + 4 * size * d, _there(party.head_dim - d, _CHUNK)
             tile = inner_chunk(tile, size, like, place, row_bytes, there, ahead, x)
         store_totals(party.scores + 4 * s * size, tile)
 
@@ -210,9 +211,9 @@ def _copy(rows: int, stride: int, like: Array, count: int, head_dim: int, target
 
 
 @subroutine(inline=True)
-def _there(count: int) -> Any:
-    """Return the bits of a chunk that has so many numbers, or all if there are more."""
-    return np.int64(-1) if count >= _CHUNK else (np.int64(1) << count) - 1
+def _there(count: int, size: int) -> Any:
+    """Return the bits of a chunk, or a line, of a size of which so many numbers are there; all, if those are all."""
+    return np.int64(-1) if count >= size else (np.int64(1) << count) - 1
 
 
 @subroutine()
@@ -257,13 +258,35 @@ def _add_values(
     size: int, n_sums: int, piece: Piece, like: Array, values: int, n_keys: int, ahead: int, party: Party
 ) -> None:
     """Shrink a party's sums, and add values times weights; fetch what is ``ahead`` bytes behind each value."""
+    if NARROW and size == _PARTY and like.itemsize == 2:
+        _add_lines(piece, like, values, n_keys, ahead, party)
+        return
     for d in range(0, party.head_dim, _CHUNK):
-        place, there = party.sums + 4 * size * d, _there(party.head_dim - d)
+        place, there = party.sums + 4 * size * d, _there(party.head_dim - d, _CHUNK)
         tile = shrunk_sums_at(like, place, n_sums, size, party.state + 2 * _LINE)
         for s in range(n_keys):
             row = values + s * piece.stride + d * like.itemsize
             tile = outer_chunk(tile, size, like, row, there, ahead, party.scores + 4 * size * s)
         store_sums(place, tile)
+
+
+@subroutine(inline=True)
+def _add_lines(piece: Piece, like: Array, values: int, n_keys: int, ahead: int, party: Party) -> None:
+    """Do `_add_values` to a line of bfloat16 values after the other, and to two of four queries at a time.
+
+    These are four sums at a time, which is what narrow registers hold. Values of float32 are read in their order, which
+    takes longer than to add them.
+    """
+    line = _LINE // like.itemsize
+    for d in range(0, party.head_dim, line):
+        there = _there(party.head_dim - d, line)
+        for query in range(0, _PARTY, _PAIR):
+            place = party.sums + 4 * (_PARTY * d + query * line)
+            tile = shrunk_sums_at(like, place, _SUMS_OF_PAIR, _PAIR, party.state + 2 * _LINE + 4 * query)
+            for s in range(n_keys):
+                row, weights = values + s * piece.stride + d * like.itemsize, 4 * (_PARTY * s + query)
+                tile = outer_chunk(tile, _PAIR, like, row, there, ahead, party.scores + weights)
+            store_sums(place, tile)
 
 
 # --- in plain loops ---------------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ _LINES: dict[int, tuple[Any, str]] = {
 }
 
 
-def _vectors(builder: Any, bits: int, address: Any, seen: Any, ahead: Any) -> list[list[Any]]:
-    """Return the lines of a chunk as float32 vectors, one each or two; fetch what is ``ahead`` bytes behind them."""
+def _vectors(builder: Any, bits: int, address: Any, seen: Any, ahead: Any, n_lines: int) -> list[list[Any]]:
+    """Return lines of a chunk as float32 vectors, one each or two; fetch what is ``ahead`` bytes behind them."""
     kind, name = _LINES[bits]
     lines = []
-    for start in range(0, _CHUNK_NUMBERS, kind.count):
+    for start in range(0, n_lines * kind.count, kind.count):
         place = _at(builder, address, start * bits // 8, kind)
         line = _line(builder, kind, name, place, seen, start)
         lines.append(_halves(builder, builder.bitcast(line, INT_VECTOR)) if bits == 16 else [line])
@@ -84,7 +84,7 @@ def inner_chunk(
         tile, _, _, rows, row_bytes, seen, ahead, x = arguments
         changed = [builder.extract_value(tile, i) for i in range(sums.count)]
         chunks = [
-            _vectors(builder, bits, apart(builder, rows, row_bytes, row), seen, ahead)
+            _vectors(builder, bits, apart(builder, rows, row_bytes, row), seen, ahead, _CHUNK_NUMBERS * bits // 512)
             for row in range(sums.count // n_queries)
         ]
         at = 0
@@ -105,14 +105,16 @@ def inner_chunk(
 def outer_chunk(context: Any, sums: Any, queries: Any, like: Any, row: Any, seen: Any, ahead: Any, weights: Any) -> Any:
     """``outer_chunk(sums, queries, like, row, seen, ahead, weights)``: add a chunk times a weight of each query.
 
-    The sums lie like what `inner_chunk` calls x: by lines, queries, and even and odd places. There are literally so
-    many queries; their weights are float32 at an address, one after the other. VBROADCASTSS, VFMADD231PS, PREFETCHT1.
+    The sums lie like what `inner_chunk` calls x: by lines, queries, and even and odd places; they may be those of the
+    first lines of a chunk only. There are literally so many queries; their weights are float32 at an address, one after
+    the other. VBROADCASTSS, VFMADD231PS, PREFETCHT1.
     """
     n_queries, bits = queries.literal_value, like.dtype.bitwidth
+    n_lines = sums.count // (n_queries * 32 // bits)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile, _, _, row, seen, ahead, weights = arguments
-        lines = _vectors(builder, bits, row, seen, ahead)
+        lines = _vectors(builder, bits, row, seen, ahead, n_lines)
         numbers = [load_splat(builder, weights, i, ir.FloatType()) for i in range(n_queries)]
         n_parts = len(lines[0])
 

@@ -73,6 +73,14 @@ def test_a_row_times_a_weight_of_each_query_is_added_to_shrunk_sums(like: str, n
     np.testing.assert_allclose(found, by_lines(expected, like).reshape(-1), atol=1e-5)
 
 
+def test_sums_of_one_line_and_some_queries_meet_that_line_alone() -> None:
+    sums, factors = RNG.normal(size=(2, 32)).astype(np.float32), VECTORS[3].copy()
+    body = "t = k.outer_chunk(k.shrunk_sums_at(like, a, 4, 2, b), 2, like, c + 64, seen, 0, b); u.store_sums(o, t)"
+    found = run(body, by_lines(sums, "uint16"), factors, ROWS["uint16"], like="uint16", seen=-1, size=64)
+    expected = factors[:2, None] * (sums + numbers("uint16", -1)[0, 32:])
+    np.testing.assert_allclose(found, by_lines(expected, "uint16").reshape(-1), atol=1e-5)
+
+
 @pytest.mark.parametrize("distance", [8, 4, 2, 1])
 def test_lanes_change_places(distance: int) -> None:
     found = run(f"s.store(o, 0, k.exchanged(q.load_floats(a, 0), {distance}))", VECTORS, size=16)
