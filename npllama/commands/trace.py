@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     if options.prompt is not None and options.tokens is not None:
         raise ParameterError("a PROMPT and --tokens were given", remedy="Give one of them.")
     model = load_model(options)
-    tokens = prompt_ids(model, options.prompt) if options.tokens is None else options.tokens
+    tokens = prompt_ids(model, options.prompt if options.tokens is None else options.tokens)
     fed = options.decode if options.teacher_force else 0
     if fed >= len(tokens) or (options.teacher_force and not fed):
         raise ParameterError(
@@ -28,7 +28,6 @@ def run(options: argparse.Namespace) -> int:
             remedy="Give --decode at least 1, and fewer than there are tokens.",
         )
     prefill = len(tokens) - fed
-    prepared(model)
     with TraceWriter(
         options.output,
         producer=f"npllama {__version__} ({options.backend})",
@@ -37,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
         prefill=prefill,
         config=model.config,
     ) as writer:
+        prepared(model)
         run_trace(model, tokens, prefill=prefill, into=writer, greedy=options.decode - fed, pattern=options.taps)
         path = writer.finish()
     notice(f"{prefill} tokens and {options.decode} decode steps in {model.backend}")

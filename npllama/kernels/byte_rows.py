@@ -347,7 +347,10 @@ def _middles(row: Rows, first: int, groups: int) -> Any:
 
 @subroutine(inline=True)
 def _weigh(count: int, scales: int, chunk: Chunk, tokens: Tokens, pitch: int) -> None:
-    """Write ``scale · step`` of a band and literally so many tokens for the groups of a chunk."""
+    """Write ``scale · step`` of a band and literally so many tokens for the groups of a chunk.
+
+    With narrow registers, where a step is 1, those of the first token are all that anybody reads.
+    """
     for r in range(_BAND):
         for g in range(0, chunk.n_here, _LANES):
             group = chunk.first + g

@@ -215,6 +215,13 @@ def first_shorts(builder: Any, place: Any, count: Any) -> Any:
     return builder.bitcast(both, ir.VectorType(ir.IntType(16), 16))
 
 
+def nibbles_of(builder: Any, pairs: Any) -> Any:
+    """Return the low halves of 32 bytes, then the high ones. VPAND, VPSRLW, VINSERTI64X4."""
+    low = builder.and_(pairs, ir.Constant(pairs.type, [15] * 32))
+    high = builder.lshr(pairs, ir.Constant(pairs.type, [4] * 32))
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(WORD, 64), [*range(64)]))
+
+
 def dots_of_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     """Return int32 lanes plus four products each, of uint8 and int8. VPDPBUSD, or VPMADDUBSW and VPMADDWD.
 

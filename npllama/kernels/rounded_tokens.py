@@ -72,10 +72,9 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
         first = t // PARTY * PARTY
         count = tokens_of(min(PARTY, n_new - first))
         place = np.int64(room.ctypes.data) + tokens_bytes(groups, is_int4, first)
-        steps, pitch, are_words = integers_bytes(count, is_int4), numbers_pitch(count), False
+        steps, pitch = integers_bytes(count, is_int4), numbers_pitch(count)
+        are_words = steps > LINE * count
         line, here = steps // count * (t - first), steps + 4 * (t - first)
-        if NARROW:
-            are_words = not is_int4 and count > 1
         for g in range(groups):
             source, n_left = numbers + 4 * (t * width + GROUP * g), width - GROUP * g
             if n_left < GROUP:

@@ -46,6 +46,7 @@ from npllama.kernels.llvm import (
     intrinsic,
     lanes_added,
     loaded,
+    nibbles_of,
     splat,
     turned_whole,
     upper_half,
@@ -119,11 +120,7 @@ def load_nibbles(context: Any, array: Any, index: Any) -> Any:
     vector = Vector(types.uint8)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = ir.VectorType(BYTE, 32)
-        pairs = loaded(context, builder, signature, arguments, half)
-        low = builder.and_(pairs, ir.Constant(half, [15] * 32))
-        high = builder.lshr(pairs, ir.Constant(half, [4] * 32))
-        return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(WORD, 64), [*range(64)]))
+        return nibbles_of(builder, loaded(context, builder, signature, arguments, ir.VectorType(BYTE, 32)))
 
     return vector(array, types.int64), code
 

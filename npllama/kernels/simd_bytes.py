@@ -4,6 +4,7 @@ A sum belongs to a row of a matrix and a token; the sums of a row are those of e
 rows, ``row_bytes`` apart, a line of 64 bytes meets what each token is to it (`npllama.kernels.byte_tokens`): three
 digits, and behind them int32, with which the products' sums begin; or, with narrow registers, float32. What comes of it
 is multiplied by a factor, float32, at ``factors``; those of a sum are ``pitch`` bytes from those of the sum before.
+With narrow registers all tokens of a row share the factors of the first one (`npllama.kernels.simd_narrow`).
 """
 
 from __future__ import annotations

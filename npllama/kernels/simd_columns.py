@@ -30,6 +30,7 @@ from npllama.kernels.llvm import (
     turned,
 )
 from npllama.kernels.simd_sums import apart, load, load_splat
+from npllama.kernels.simd_words import bytes_as_shorts
 
 _tuple: Any = types.UniTuple
 
@@ -120,12 +121,11 @@ add_bytes = _adding(_with_bytes)
 
 def _with_words(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
     """Add to the sums of as many tokens at a time as registers have room for."""
-    eight = ir.Constant(SHORT_VECTOR, [8] * 32)
     for first in range(0, _WORDS, _QUARTER):
         parts = []
         for word, column in _columns(builder, address, pitch, range(first, first + _QUARTER)):
-            odd = builder.bitcast(column, SHORT_VECTOR)
-            parts += [(builder.ashr(builder.shl(odd, eight), eight), word), (builder.ashr(odd, eight), _WORDS + word)]
+            parts.append((bytes_as_shorts(builder, column, is_even=True), word))
+            parts.append((bytes_as_shorts(builder, column, is_even=False), _WORDS + word))
         for start in range(0, len(totals), _AT_ONCE):
             for part, word in parts:
                 for t in range(start, min(start + _AT_ONCE, len(totals))):

@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.llvm import BYTE, BYTE_VECTOR, INT_VECTOR, INTS, WORD, dots_of_bytes, intrinsic
+from npllama.kernels.llvm import BYTE, BYTE_VECTOR, INT_VECTOR, INTS, dots_of_bytes, intrinsic, nibbles_of
 from npllama.kernels.simd_sums import apart, load
 
 _tuple: Any = types.UniTuple
@@ -47,10 +47,7 @@ def _bytes_at(builder: Any, weights: Any, group: int) -> Any:
 
 def _nibbles_at(builder: Any, weights: Any, group: int) -> Any:
     """Return int4 weights: the low halves of 32 bytes, then the high ones. VPAND, VPSRLW, VINSERTI64X4."""
-    half = ir.VectorType(BYTE, _GROUP // 2)
-    pairs = load(builder, weights, _GROUP // 2 * group, half)
-    low, high = builder.and_(pairs, ir.Constant(half, [15] * 32)), builder.lshr(pairs, ir.Constant(half, [4] * 32))
-    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(WORD, _GROUP), [*range(_GROUP)]))
+    return nibbles_of(builder, load(builder, weights, _GROUP // 2 * group, ir.VectorType(BYTE, _GROUP // 2)))
 
 
 #: ``products_of_bytes(count, weights, x, pitch)``: of literally so many groups of int8 weights, 128 larger than they

@@ -61,6 +61,7 @@ def test_a_model_without_a_tokenizer_is_told_before_anything_is_compiled(
     [
         (("generate", "STORE", "a text", "--temperature", "-1"), 2),
         (("perplexity", "STORE", "FILE", "--context", "3"), 2),
+        (("trace", "STORE", "--tokens", "1,999", "-o", "OUT"), 2),
         (("trace", "STORE", "--tokens", "1,2", "--teacher-force", "--decode", "2", "-o", "OUT"), 2),
     ],
 )
