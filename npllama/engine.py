@@ -75,7 +75,8 @@ class Model:
     def prepare(self, progress: Progress | None = None) -> None:
         """Compile the kernels that the model needs and that no earlier process has compiled.
 
-        `npllama.load` does so unless it is told not to. What is not compiled here is when it is first used.
+        `npllama.load` does so unless it is told not to, and the first forward pass otherwise. What nearly no model
+        needs is compiled when it is first used.
 
         Parameters
         ----------
@@ -194,6 +195,7 @@ class Model:
         return np.split(logits, range(1, len(ids)) if last else np.cumsum(counts)[:-1])
 
     def _run(self, ids: NDArray[np.int64], cache: KVCache | Lanes, tap: Tap, last: bool) -> Array:
+        self.prepare()
         model = ids, self.weights, self.config, self._ops, cache
         return forward(*model, dtype=self._dtype, tap=tap, last=last, at_once=self._at_once)
 

@@ -102,6 +102,22 @@ def test_a_model_that_is_not_prepared_compiles_when_it_is_told_to(store: Path, m
     assert asked == [print]
 
 
+def test_a_model_that_nobody_prepared_compiles_before_its_first_tokens(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from npllama.kernels import warmup
+
+    asked: list[object] = []
+    monkeypatch.setattr(warmup, "compile_kernels", lambda needs, progress: asked.append(progress))
+    model = npllama.load(store, prepare=False)
+    with pytest.raises(ParameterError):
+        model.forward([])
+    assert asked == []
+    model.forward([1])
+    model.forward_many([[1]], [model.new_cache(1)])
+    assert asked == [None]
+
+
 #: A program that loads a store and prints which kernels few or many tokens had to compile then.
 FORGOTTEN = """
 import sys

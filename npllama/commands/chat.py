@@ -11,6 +11,7 @@ from npllama.commands.engine import load_model, prepared, sampling_settings, tel
 from npllama.engine import Model
 from npllama.errors import ContextOverflowError
 from npllama.generation.conversation import Conversation
+from npllama.generation.generate import generate
 
 _DEFAULT_CONTEXT = 8192
 _HELP = "Ctrl-C stops an answer, Ctrl-D leaves, /clear starts anew"
@@ -20,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     """Read messages from stdin and stream the answers to stdout until the input ends."""
     model = load_model(options)
     settings = {**sampling_settings(options), "lookup": options.lookup}
+    generate(model, [0], **settings).close()  # refuses what no answer could be written with
     conversation = _begin(model, options)
     prepared(model)
     if _is_interactive():

@@ -11,6 +11,7 @@ from npllama.commands.console import notice
 from npllama.commands.engine import load_model, prepared
 from npllama.errors import ParameterError
 from npllama.generation.prompt import prompt_ids
+from npllama.taps import Recorder
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     if options.prompt is not None and options.tokens is not None:
         raise ParameterError("a PROMPT and --tokens were given", remedy="Give one of them.")
     model = load_model(options)
+    Recorder(model.config, options.taps)  # refuses a pattern that no tensor's name matches
     tokens = prompt_ids(model, options.prompt if options.tokens is None else options.tokens)
     fed = options.decode if options.teacher_force else 0
     if fed >= len(tokens) or (options.teacher_force and not fed):

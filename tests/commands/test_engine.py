@@ -60,8 +60,12 @@ def test_a_model_without_a_tokenizer_is_told_before_anything_is_compiled(
     ("command", "code"),
     [
         (("generate", "STORE", "a text", "--temperature", "-1"), 2),
+        (("chat", "STORE", "--temperature", "-1"), 2),
+        (("chat", "STORE", "--top-k", "1000000"), 2),
+        (("chat", "STORE", "--lookup", "-1"), 2),
         (("perplexity", "STORE", "FILE", "--context", "3"), 2),
         (("trace", "STORE", "--tokens", "1,999", "-o", "OUT"), 2),
+        (("trace", "STORE", "--tokens", "1,2", "--taps", "nothing", "-o", "OUT"), 3),
         (("trace", "STORE", "--tokens", "1,2", "--teacher-force", "--decode", "2", "-o", "OUT"), 2),
     ],
 )
