@@ -33,7 +33,7 @@ from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_rows import EARLY, Rows, rows_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
-from npllama.kernels.llvm import WIDE
+from npllama.kernels.llvm import DOTS
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded_tokens import PARTY, group_bytes, integers_bytes, numbers_pitch, round_tokens, tokens_bytes
 from npllama.kernels.simd_columns import add_bytes, add_nibbles, add_words
@@ -241,7 +241,7 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
                 tile = first_sums(x + steps + pitch, count)
                 if block.is_int4:
                     tile = add_nibbles(tile, rows, apart, x)
-                elif WIDE:
+                elif DOTS:
                     tile = add_bytes(tile, rows, apart, x)
                 else:
                     tile = add_words(tile, rows, apart, x)

@@ -2,7 +2,8 @@
 
 A **path** is a family of kernels that needs certain instructions. The paths are a ladder: who can run one can run all
 below it, and a storage type without kernels on a step is served by the next one down that has them. Kernels of AVX2
-are compiled for registers as wide as the processor has them, so that there AVX-512 is no family of its own.
+are compiled for registers as wide as the processor has them, and with AVX-VNNI where it has that: so there neither
+AVX-512 nor this is a family of its own.
 """
 
 from __future__ import annotations

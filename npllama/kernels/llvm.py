@@ -25,6 +25,8 @@ _declared: Any = get_or_insert_function
 WIDE = PATHS["avx512"] <= host_features()
 #: The opposite. Behind ``if WIDE`` and ``if NARROW`` Numba compiles only what is ever reached.
 NARROW = not WIDE
+#: Whether one instruction adds the products of four bytes to a word, in registers of whatever width: VNNI, AVX-VNNI.
+DOTS = WIDE or "avxvnni" in host_features()
 
 _BYTES = 64
 
@@ -228,9 +230,10 @@ def dots_of_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     The latter sum pairs of products in 16 bits first. They fit if the unsigned numbers have no more than seven; so the
     eighth is multiplied by itself.
     """
-    if WIDE:
-        operands = (builder.bitcast(factor, BYTE_VECTOR) for factor in (unsigned, signed))
-        return call(builder, "llvm.x86.avx512.vpdpbusd.512", INT_VECTOR, total, *operands)
+    if DOTS:
+        name = f"llvm.x86.avx512.vpdpbusd.{512 if WIDE else 256}"
+        operands = [(total, INT_VECTOR), (unsigned, BYTE_VECTOR), (signed, BYTE_VECTOR)]
+        return _in_registers(builder, name, INT_VECTOR, operands)
     numbers = builder.bitcast(unsigned, BYTE_VECTOR)
     for mask in (127, 128):
         part = builder.and_(numbers, ir.Constant(BYTE_VECTOR, [mask] * 64))
@@ -254,6 +257,11 @@ def products_of_shorts(builder: Any, a: Any, b: Any) -> Any:
     """Return sixteen int32, each the sum of two products of int16. VPMADDWD."""
     name = "llvm.x86.avx512.pmaddw.d.512" if WIDE else "llvm.x86.avx2.pmadd.wd"
     return _in_registers(builder, name, INT_VECTOR, [(a, SHORT_VECTOR), (b, SHORT_VECTOR)])
+
+
+def dots_of_shorts(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """Return int32 lanes plus two products each, of int16. VPMADDWD, VPADDD."""
+    return builder.add(total, products_of_shorts(builder, a, b))
 
 
 def pairs_added(builder: Any, shorts: Any) -> Any:

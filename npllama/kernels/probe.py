@@ -20,7 +20,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
-from npllama.kernels.llvm import WIDE
+from npllama.kernels.llvm import DOTS, WIDE
 from npllama.kernels.simd import add, add_lanes, broadcast, fused_multiply_add
 from npllama.kernels.simd_sums import (
     first_sums,
@@ -146,6 +146,10 @@ _VECTORS = Arithmetic("vector registers", multiply_add_rate)
 _THREE_DIGITS = Arithmetic("the matrix unit, three digits", partial(tile_rate, "int8"), 3)
 _PAIRS = Arithmetic("vector registers, pairs of bfloat16", partial(word_rate, "uint16"))
 _FOURS = dict.fromkeys(("int8", "int4"), Arithmetic("vector registers, four bytes a word", partial(word_rate, "int8")))
+_TWOS = {
+    "int8": Arithmetic("vector registers, pairs of int16", partial(word_rate, "int16")),
+    "int4": Arithmetic("vector registers, sums of 16 bits", partial(word_rate, "int4")),
+}
 #: Path of the kernels, what activations are rounded to, storage type of the weights -> what computes more than 16
 #: tokens' products where that is not multiply-adds of float32 vectors. See `npllama.kernels.matmul` for what it is.
 _UNITS: dict[tuple[str, str], dict[str, Arithmetic]] = {
@@ -159,10 +163,7 @@ _UNITS: dict[tuple[str, str], dict[str, Arithmetic]] = {
     ),
     ("avx512bf16", "bfloat16"): dict.fromkeys(("bfloat16", "int8", "int4"), _PAIRS),
     **{(path, "int8"): _FOURS for path in ("amx", "avx512bf16", "avx512")},
-    ("avx2", "int8"): {
-        "int8": Arithmetic("vector registers, pairs of int16", partial(word_rate, "int16")),
-        "int4": Arithmetic("vector registers, sums of 16 bits", partial(word_rate, "int4")),
-    },
+    ("avx2", "int8"): _FOURS if DOTS else _TWOS,
 }
 
 

@@ -5,8 +5,8 @@ The 64 numbers of a token that meet one group of weights are integers times a st
 group has the integers of each token, behind these the steps of all, what their sums of products begin with, and the
 sums of the numbers that their integers stand for.
 
-The integers are a line of int8. Where registers are narrow and several tokens meet int8 weights, they are two lines of
-pairs of int16: of each four the first and the third, and the second and the fourth.
+The integers are a line of int8. Where no instruction multiplies bytes and several tokens meet int8 weights, they are
+two lines of pairs of int16: of each four the first and the third, and the second and the fourth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
-from npllama.kernels.llvm import NARROW
+from npllama.kernels.llvm import DOTS
 from npllama.kernels.rounded import int8_lanes
 from npllama.kernels.simd_quantised import load_integers
 from npllama.kernels.simd_words import even_bytes, odd_bytes
@@ -36,7 +36,7 @@ _INT8, _INT4 = FORMS["int8"], FORMS["int4"]
 @subroutine(inline=True)
 def integers_bytes(count: int, is_int4: bool) -> int:
     """Return the bytes of the integers of a group of so many tokens; behind them stand the steps."""
-    return LINE * count * (2 if NARROW and not is_int4 and count > 1 else 1)
+    return LINE * count * (2 if not DOTS and not is_int4 and count > 1 else 1)
 
 
 @subroutine(inline=True)

@@ -16,17 +16,18 @@ from numba import types
 
 from npllama.kernels.llvm import (
     BYTE_VECTOR,
+    DOTS,
     INTS,
     POINTER,
     SHORT_VECTOR,
     WIDE,
     WORD,
     dots_of_bytes,
+    dots_of_shorts,
     first_shorts,
     intrinsic,
     pairs_added,
     products_of_bytes,
-    products_of_shorts,
     turned,
 )
 from npllama.kernels.simd_sums import apart, load, load_splat
@@ -36,8 +37,8 @@ _tuple: Any = types.UniTuple
 
 #: Words of 32 bits that a token has for a group of 64 numbers, and those that are turned together.
 _WORDS, _QUARTER = 16, 4
-#: Tokens whose sums narrow registers hold in 16 bits.
-_AT_ONCE = 4
+#: Tokens whose sums registers hold at a time.
+_AT_ONCE = 8 if WIDE else 4
 
 
 @intrinsic
@@ -95,21 +96,30 @@ def _adding(grown: Callable[[Any, list[Any], Any, Any, Any], list[Any]]) -> Any:
     return intrinsic(typed)
 
 
-def _with_dots(builder: Any, totals: list[Any], column: Any, x: Any, word: int) -> list[Any]:
-    """Return sums with the products of a column, unsigned, and a word of each token, signed. VPDPBUSD."""
-    return [
-        dots_of_bytes(builder, total, column, load_splat(builder, x, _WORDS * t + word, WORD))
-        for t, total in enumerate(totals)
-    ]
-
-
 def _all(number: int) -> Any:
     return ir.Constant(BYTE_VECTOR, [number] * 64)
 
 
+def _added(
+    builder: Any, totals: list[Any], parts: list[tuple[Any, int]], x: Any, n_words: int, add: Callable[..., Any]
+) -> list[Any]:
+    """Return sums with what ``add`` makes of columns and a word of each token, which has so many.
+
+    As many tokens at a time as registers have room for.
+    """
+    totals = [*totals]
+    for first in range(0, len(totals), _AT_ONCE):
+        for part, word in parts:
+            for t in range(first, min(first + _AT_ONCE, len(totals))):
+                totals[t] = add(builder, totals[t], part, load_splat(builder, x, n_words * t + word, WORD))
+    return totals
+
+
 def _with_bytes(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
-    for word, column in _columns(builder, address, pitch, range(_WORDS)):
-        totals = _with_dots(builder, totals, builder.xor(column, _all(128)), x, word)
+    for first in range(0, _WORDS, _QUARTER):
+        columns = _columns(builder, address, pitch, range(first, first + _QUARTER))
+        parts = [(builder.xor(column, _all(128)), word) for word, column in columns]
+        totals = _added(builder, totals, parts, x, _WORDS, dots_of_bytes)
     return totals
 
 
@@ -120,17 +130,12 @@ add_bytes = _adding(_with_bytes)
 
 
 def _with_words(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
-    """Add to the sums of as many tokens at a time as registers have room for."""
     for first in range(0, _WORDS, _QUARTER):
         parts = []
         for word, column in _columns(builder, address, pitch, range(first, first + _QUARTER)):
             parts.append((bytes_as_shorts(builder, column, is_even=True), word))
             parts.append((bytes_as_shorts(builder, column, is_even=False), _WORDS + word))
-        for start in range(0, len(totals), _AT_ONCE):
-            for part, word in parts:
-                for t in range(start, min(start + _AT_ONCE, len(totals))):
-                    number = load_splat(builder, x, 2 * _WORDS * t + word, WORD)
-                    totals[t] = builder.add(totals[t], products_of_shorts(builder, part, number))
+        totals = _added(builder, totals, parts, x, 2 * _WORDS, dots_of_shorts)
     return totals
 
 
@@ -145,18 +150,17 @@ def _with_nibbles(builder: Any, totals: list[Any], address: Any, pitch: Any, x: 
         parts = []
         for word, column in _columns(builder, address, pitch, range(first, first + _QUARTER)):
             parts += [(builder.and_(column, _all(15)), word), (builder.lshr(column, _all(4)), half + word)]
-        if WIDE:
-            for part, word in parts:
-                totals = _with_dots(builder, totals, part, x, word)
+        if DOTS:
+            totals = _added(builder, totals, parts, x, _WORDS, dots_of_bytes)
         else:
             totals = _with_short_dots(builder, totals, parts, x)
     return totals
 
 
 def _with_short_dots(builder: Any, totals: list[Any], parts: list[tuple[Any, int]], x: Any) -> list[Any]:
-    """Do `_with_dots` to eight columns whose numbers are below 16: sums of sixteen products fit into 16 bits.
+    """Do `_added` to eight columns whose numbers are below 16: sums of sixteen products fit into 16 bits.
 
-    As many tokens at a time as registers have room for. VPMADDUBSW, VPADDW, VPMADDWD.
+    VPMADDUBSW, VPADDW, VPMADDWD.
     """
     changed = []
     for first in range(0, len(totals), _AT_ONCE):

@@ -30,9 +30,9 @@ from npllama.kernels.llvm import (
     call,
     dots_of_bytes,
     dots_of_nibbles,
+    dots_of_shorts,
     intrinsic,
     lanes_added,
-    products_of_shorts,
     splat,
 )
 
@@ -328,7 +328,7 @@ def outer_bytes(context: Any, sums: Any, weights: Any, x: Any) -> Any:
 @intrinsic
 def outer_words(context: Any, sums: Any, weights: Any, x: Any) -> Any:
     """``outer_words(sums, weights, x)``: the same with pairs of int16 for numbers. VPMADDWD, VPADDD."""
-    return _outer(sums, lambda builder, total, *pairs: builder.add(total, products_of_shorts(builder, *pairs)))
+    return _outer(sums, dots_of_shorts)
 
 
 @intrinsic

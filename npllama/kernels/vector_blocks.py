@@ -41,7 +41,7 @@ from npllama.kernels.activation import _glu
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, jobs_of
-from npllama.kernels.llvm import NARROW, WIDE
+from npllama.kernels.llvm import DOTS, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
 from npllama.kernels.simd_quantised import load_floats
@@ -125,8 +125,8 @@ def multiply(
     x : ndarray of shape (T, N), float32
     weights : sequence of Tensor of shape (M, N)
         All of one storage type: any for FLOATS, any but float32 for PAIRS, int8 or int4 for BYTES and DIGITS. M may
-        differ. With narrow registers (`npllama.kernels.llvm.WIDE`) there are no PAIRS and no DIGITS; BYTES are for
-        int4 alone, and WORDS for int8.
+        differ. With narrow registers (`npllama.kernels.llvm.WIDE`) there are no PAIRS and no DIGITS. Without an
+        instruction for bytes (`npllama.kernels.llvm.DOTS`) these are for int4 alone, and WORDS for int8.
     outputs : sequence of ndarray of shape (T, M), float32
     kind : int
         FLOATS rounds nothing but sums, and DIGITS nothing more than that does; PAIRS rounds the input to bfloat16, and
@@ -288,7 +288,7 @@ def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums:
     for t in range(0, SIDE, _FEWER):
         if WIDE and kind == DIGITS:
             _add_digits(weights, x + 4 * t, groups, form, sums + LINE * t)
-        elif NARROW and kind == WORDS:
+        elif not DOTS and kind == WORDS:
             _add_stepped(WORDS, weights, x + 4 * t, groups, form, sums + LINE * t)
         else:
             _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
@@ -352,7 +352,7 @@ def _add_words(kind: int, tile: Any, weights: int, x: int) -> Any:
     elif kind == WORDS:
         for at in range(0, 2 * SQUARE, LINE):
             tile = outer_words(tile, weights + at, x + at)
-    elif NARROW:  # BYTES are int4 alone
+    elif not DOTS:  # BYTES are int4 alone
         for at in range(0, SQUARE, SQUARE // 2):
             tile = outer_nibbles(tile, weights + at, x + at)
     else:

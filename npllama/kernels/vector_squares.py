@@ -32,7 +32,7 @@ from npllama.kernels import simd
 from npllama.kernels.digits import digit_lanes
 from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
-from npllama.kernels.llvm import NARROW, WIDE
+from npllama.kernels.llvm import DOTS, NARROW, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import int8_lanes
 from npllama.kernels.simd_columns import columns_at, copy_first
@@ -49,8 +49,8 @@ from npllama.kernels.subroutines import subroutine
 
 #: How products are computed.
 FLOATS, PAIRS, WORDS, BYTES, DIGITS = range(5)
-#: The kind of int8 weights whose input is rounded to int8: registers that are wide have an instruction for bytes.
-INT8_KIND = BYTES if WIDE else WORDS
+#: The kind of int8 weights whose input is rounded to int8.
+INT8_KIND = BYTES if DOTS else WORDS
 
 SIDE = 16  # of a square: rows or tokens, and words
 LINE = 64  # bytes of a line of a square
@@ -218,7 +218,7 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
         simd.store_one(behind, STEP, step)
         simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * whole))
         total = np.float32(whole) * step
-    elif NARROW and task.kind == WORDS:
+    elif not DOTS and task.kind == WORDS:
         step, whole = int8_lanes(numbers, line)
         words = load_integers(line, 0)
         simd.store(line, 0, even_bytes(words))
@@ -398,7 +398,7 @@ def _spread_int8(turned: int, kind: int, out: int) -> None:
     scale = load_floats(out, squares(kind) * SQUARE + SCALE)
     for line in range(0, SQUARE, LINE):
         words = load_integers(turned, line)
-        if NARROW and kind == WORDS:
+        if not DOTS and kind == WORDS:
             simd.store(out, line, even_bytes(words))
             simd.store(out, SQUARE + line, odd_bytes(words))
             continue
