@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,29 @@ def test_an_interrupted_environment_is_made_anew_and_fresh_forces_it(commands: l
     assert prepare("demo") == python
     assert prepare("demo", fresh=True) == python
     assert len(commands) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "pytests"),
+    [
+        ([], ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]),
+        (["-x", "tests/test_ops.py"], ["-x", "tests/test_ops.py"]),
+        (["--no-torch"], ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]),
+    ],
+)
+def test_all_tests_run_on_several_processors_and_others_as_they_are_told(
+    given: list[str], pytests: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(environment.ROOT / "tools"))
+    monkeypatch.chdir(environment.ROOT)
+    command = runpy.run_path(str(environment.ROOT / "tools" / "test.py"))
+    became: list[list[str]] = []
+    monkeypatch.setitem(command["main"].__globals__, "prepare", lambda name, wanted: Path("python"))
+    monkeypatch.setitem(command["main"].__globals__, "become", lambda python, arguments: became.append(arguments))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["test.py", *given])
+    command["main"]()
+    assert became == [["-m", "pytest", *pytests]]
 
 
 def test_a_failing_command_shows_the_end_of_its_output_and_the_remedy(

@@ -1,7 +1,7 @@
 """Run the tests: `python3 tools/test.py [--no-torch] [arguments of pytest]`.
 
 Any Python 3.10+ will do and nothing needs to be installed: the first run makes a virtual environment in the user's
-cache folder, later runs reuse it.
+cache folder, later runs reuse it. Without arguments all tests run, on several processors.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from environment import ROOT, SetupError, become, prepare
 
 REQUIREMENTS = ROOT / "tools" / "requirements-test.txt"
 TORCH_MARK = "# --- with torch ---"
+#: Processes that run all tests, at most: each takes up to 4 GB.
+PROCESSES = 4
 
 
 def requirements(torch: bool) -> list[str]:
@@ -21,6 +23,14 @@ def requirements(torch: bool) -> list[str]:
     text = REQUIREMENTS.read_text(encoding="utf-8")
     lines = text if torch else text.split(TORCH_MARK)[0]
     return [stripped for line in lines.splitlines() if (stripped := line.split("#")[0].strip())]
+
+
+def on_all_processors() -> list[str]:
+    """Return what tells pytest to share all files among processes, in their order.
+
+    So what the tests of a file share is made once, and files of few tests, which take longest, do not come last.
+    """
+    return ["-n", str(min(os.cpu_count() or 1, PROCESSES)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def main() -> None:
@@ -45,7 +55,7 @@ def main() -> None:
         print(python)
         return
     os.chdir(ROOT)
-    become(python, ["-m", "pytest", *for_pytest])
+    become(python, ["-m", "pytest", *(for_pytest or on_all_processors())])
 
 
 if __name__ == "__main__":
