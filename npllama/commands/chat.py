@@ -21,8 +21,8 @@ def run(options: argparse.Namespace) -> int:
     """Read messages from stdin and stream the answers to stdout until the input ends."""
     model = load_model(options)
     settings = {**sampling_settings(options), "lookup": options.lookup}
-    generate(model, [0], **settings).close()  # refuses what no answer could be written with
     conversation = _begin(model, options)
+    generate(model, [0], cache=conversation.cache, **settings).close()  # refuses what no answer could be written with
     prepared(model)
     if _is_interactive():
         with contextlib.suppress(ImportError):  # absent on some systems; input() then has no history

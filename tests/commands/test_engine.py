@@ -96,3 +96,14 @@ def test_kernels_are_compiled_once_before_the_first_token(
     assert npllama(*(places.get(word, word) for word in command)).code == 0
     assert events[0] == "compiled"
     assert set(events[1:]) <= {"ran"}
+
+
+def test_chat_looks_at_its_settings_without_a_cache_for_them(
+    store: Path, npllama: Npllama, typed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed("")
+    capacities: list[int] = []
+    new_cache = Model.new_cache
+    monkeypatch.setattr(Model, "new_cache", lambda self, n: capacities.append(n) or new_cache(self, n))
+    assert npllama("chat", store, "-n", "1000", "--context", "16").code == 0
+    assert capacities == [16]
