@@ -16,6 +16,8 @@ REQUIREMENTS = ROOT / "tools" / "requirements-test.txt"
 TORCH_MARK = "# --- with torch ---"
 #: Processes that run all tests, at most: each takes up to 4 GB.
 PROCESSES = 4
+#: What tells libraries beneath the tests (NumPy's BLAS, torch) to leave the other processors to the other processes.
+ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def requirements(torch: bool) -> list[str]:
@@ -55,7 +57,10 @@ def main() -> None:
         print(python)
         return
     os.chdir(ROOT)
-    become(python, ["-m", "pytest", *(for_pytest or on_all_processors())])
+    if not for_pytest:
+        for_pytest = on_all_processors()
+        os.environ.update(ALONE)
+    become(python, ["-m", "pytest", *for_pytest])
 
 
 if __name__ == "__main__":

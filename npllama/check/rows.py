@@ -35,7 +35,7 @@ def blocks(name: str, *arrays: Array) -> Iterator[tuple[slice, list[NDArray[Any]
 
     Positions at which the last array is not finite (masked scores) are zero in all of them.
     """
-    moved = [np.moveaxis(array, token_axis(name), 0) for array in arrays]
+    moved = [array.swapaxes(0, token_axis(name)) for array in arrays]
     count = moved[0].shape[0]
     width = max(1, moved[0].size // max(1, count))
     step = max(1, _BLOCK // width)

@@ -43,7 +43,8 @@ _AHEAD = 4096  # numbers, four pages
 _TILE_ROUNDS = 1 << 17  # some milliseconds, too
 _PRODUCTS = 4
 _TILE_ROWS, _TILE_BYTES = 16, 64
-_LINE_BYTES, _LINES = 64, 8
+_LINE_BYTES, _LINES = 64, 64
+_AT_ONCE = 8  # lines that numbers of 4 bits meet at a time
 _SUMS_OF_WORDS = 16 if WIDE else 4
 #: What a tile holds numbers of -> what it sums in.
 _SUMS: dict[str, type] = {"uint16": np.float32, "int8": np.int32}
@@ -96,7 +97,8 @@ def word_rate(numbers: str, clock: _Clock = time.perf_counter) -> float:
     clock : callable
         Returns seconds.
     """
-    lines, work, products = np.zeros(_LINES * _LINE_BYTES, np.uint8), address_of_words(numbers), _WORDS[numbers][1]
+    lines = np.zeros((_LINES + _AT_ONCE, _LINE_BYTES), np.uint8)
+    work, products = address_of_words(numbers), _WORDS[numbers][1]
     sums: Array = np.empty((numba.get_num_threads(), _SUMS_OF_WORDS, _LANES), np.float32)
     begin = clock()
     _outer_products(work, lines, _ROUNDS, sums)
@@ -286,17 +288,25 @@ def _add_dots_of_bytes(rounds: int) -> None:
 def _outer_products(work: int, lines: Array, rounds: int, sums: Array) -> None:
     """Fill sums (threads, n, 16) with so many products of a line with words of it, or of eight with theirs, added up.
 
-    A line is 64 bytes; ``work`` is the address of one of `_WORDS`. See `npllama.kernels.vector_blocks`.
+    A line is 64 bytes; ``work`` is the address of one of `_WORDS`. See `npllama.kernels.vector_blocks`. Each product is
+    of the next line: the compiler would compute one that is always the same only once.
     """
     for i in prange(sums.shape[0]):
         call_at(work, (lines, rounds, sums[i]))
 
 
+@subroutine(inline=True)
+def _line(lines: int, i: int) -> int:
+    """Return the address of the line whose turn it is."""
+    return lines + _LINE_BYTES * (i % _LINES)
+
+
 @compiled()
 def _add_pairs(lines: Array, rounds: int, sums: Array) -> None:
     at, tile = np.int64(lines.ctypes.data), no_sums(_SUMS_OF_WORDS)
-    for _ in range(rounds):
-        tile = outer_pairs(tile, at, at)
+    for i in range(rounds):
+        line = _line(at, i)
+        tile = outer_pairs(tile, line, line)
     store_sums(np.int64(sums.ctypes.data), tile)
 
 
@@ -304,8 +314,9 @@ def _add_pairs(lines: Array, rounds: int, sums: Array) -> None:
 def _add_shorts(lines: Array, rounds: int, sums: Array) -> None:
     at = np.int64(lines.ctypes.data)
     tile = first_sums(at, _SUMS_OF_WORDS)
-    for _ in range(rounds):
-        tile = outer_words(tile, at, at)
+    for i in range(rounds):
+        line = _line(at, i)
+        tile = outer_words(tile, line, line)
     store_sums(np.int64(sums.ctypes.data), tile)
 
 
@@ -313,8 +324,9 @@ def _add_shorts(lines: Array, rounds: int, sums: Array) -> None:
 def _add_bytes(lines: Array, rounds: int, sums: Array) -> None:
     at = np.int64(lines.ctypes.data)
     tile = first_sums(at, _SUMS_OF_WORDS)
-    for _ in range(rounds):
-        tile = outer_bytes(tile, at, at)
+    for i in range(rounds):
+        line = _line(at, i)
+        tile = outer_bytes(tile, line, line)
     store_sums(np.int64(sums.ctypes.data), tile)
 
 
@@ -322,8 +334,9 @@ def _add_bytes(lines: Array, rounds: int, sums: Array) -> None:
 def _add_nibbles(lines: Array, rounds: int, sums: Array) -> None:
     at = np.int64(lines.ctypes.data)
     tile = first_sums(at, _SUMS_OF_WORDS)
-    for _ in range(rounds):
-        tile = outer_nibbles(tile, at, at)
+    for i in range(rounds):
+        line = _line(at, i)
+        tile = outer_nibbles(tile, line, line)
     store_sums(np.int64(sums.ctypes.data), tile)
 
 
@@ -332,11 +345,11 @@ _WORDS: dict[str, tuple[Any, int]] = {
     "uint16": (_add_pairs, 2),
     "int16": (_add_shorts, 2),
     "int8": (_add_bytes, 4),
-    "int4": (_add_nibbles, 4 * _LINES),
+    "int4": (_add_nibbles, 4 * _AT_ONCE),
 }
 
 
 @cache
 def address_of_words(numbers: str) -> int:
     """Return the address of what multiplies words, compiled when it is first asked for."""
-    return address_of(_WORDS[numbers][0], np.empty(1, np.uint8), 1, np.empty((1, 1), np.float32))
+    return address_of(_WORDS[numbers][0], np.empty((1, 1), np.uint8), 1, np.empty((1, 1), np.float32))

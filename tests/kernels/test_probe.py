@@ -57,14 +57,18 @@ def test_a_part_of_any_length_is_read_to_its_end(count: int) -> None:
 @needs_vectors
 @pytest.mark.parametrize("numbers", ["uint16", "int16", "int8", "int4"])
 def test_words_are_multiplied_and_added_as_often_as_they_are_counted(numbers: str) -> None:
-    work, products = probe.address_of_words(numbers), probe._WORDS[numbers][1]
-    two = 0x4000 if numbers == "uint16" else 2
-    lines = np.full(512, two, np.uint16 if numbers.endswith("16") else np.uint8).view(np.uint8)[:512]
+    work, n_lines = probe.address_of_words(numbers), 8 if numbers == "int4" else 1
+    integers = np.array([1, 2, 4, 1, 2, 8, 4, 1, 2, 4, *[0] * 62])  # each line has its own, and rounds begin with three
+    kind = "<i2" if numbers == "int16" else "<i1"
+    values = integers.astype(np.float32).view(np.uint32) >> 16 if numbers == "uint16" else integers
+    lines = np.repeat(values.astype("<u2" if numbers == "uint16" else kind)[:, None], 64, axis=1).view(np.uint8)[:, :64]
     found = np.empty((2, probe._SUMS_OF_WORDS, 16), np.float32)
-    probe._outer_products(work, lines, 3, found)
-    begun = 0 if numbers == "uint16" else lines[:4].view(np.int32)[0]  # sums of integers begin with a word of the line
+    probe._outer_products(work, np.ascontiguousarray(lines), 3, found)
+    per_line = 2 if numbers.endswith("16") else 4
+    expected = sum(per_line * integers[i + j] ** 2 for i in range(3) for j in range(n_lines))
+    begun = 0 if numbers == "uint16" else lines[0, :4].copy().view(np.int32)[0]  # sums of integers begin with a word
     sums = found if numbers == "uint16" else found.view(np.int32)
-    assert np.unique(sums).tolist() == [begun + 3 * products * 2 * 2]
+    assert np.unique(sums).tolist() == [begun + expected]
 
 
 @needs_vectors
