@@ -3,7 +3,9 @@
 A **column** is the same four bytes of sixteen rows; it meets four bytes of each token, which are the same for all
 lanes. So a sum's lanes are rows, and nothing is left to add up at the end. See `npllama.kernels.simd_sums` for sums.
 
-Rows are turned 16 bytes at a time, just before these are multiplied: the processor turns the next ones meanwhile.
+Where an instruction multiplies bytes, rows are turned 16 bytes at a time, just before these are multiplied: the
+processor turns the next ones meanwhile. Elsewhere columns go to memory first, and meet as many tokens at a time as
+registers have room for.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from numba import types
 
 from npllama.kernels.llvm import (
     BYTE_VECTOR,
-    DOTS,
     INTS,
     POINTER,
     SHORT_VECTOR,
@@ -96,6 +97,21 @@ def _adding(grown: Callable[[Any, list[Any], Any, Any, Any], list[Any]]) -> Any:
     return intrinsic(typed)
 
 
+def _adding_turned(grown: Callable[[Any, list[Any], list[Any], Any], list[Any]]) -> Any:
+    """Return an intrinsic like those of `_adding`, which finds four columns in memory, one after the other."""
+
+    def typed(context: Any, sums: Any, columns: Any, x: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            tile, columns, x = arguments
+            totals = [builder.extract_value(tile, t) for t in range(sums.count)]
+            four = [load(builder, columns, 64 * i, BYTE_VECTOR) for i in range(_QUARTER)]
+            return context.make_tuple(builder, sums, grown(builder, totals, four, x))
+
+        return sums(sums, types.int64, types.int64), code
+
+    return intrinsic(typed)
+
+
 def _all(number: int) -> Any:
     return ir.Constant(BYTE_VECTOR, [number] * 64)
 
@@ -129,52 +145,52 @@ def _with_bytes(builder: Any, totals: list[Any], address: Any, pitch: Any, x: An
 add_bytes = _adding(_with_bytes)
 
 
-def _with_words(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
-    for first in range(0, _WORDS, _QUARTER):
-        parts = []
-        for word, column in _columns(builder, address, pitch, range(first, first + _QUARTER)):
-            parts.append((bytes_as_shorts(builder, column, is_even=True), word))
-            parts.append((bytes_as_shorts(builder, column, is_even=False), _WORDS + word))
-        totals = _added(builder, totals, parts, x, 2 * _WORDS, dots_of_shorts)
-    return totals
-
-
-#: ``add_words(sums, address, pitch, x)``: the same with weights as they are, and two lines of 32 int16 of each token:
-#: of each four the first and the third, and the second and the fourth. VPSLLW, VPSRAW, VPMADDWD, VPADDD.
-add_words = _adding(_with_words)
-
-
 def _with_nibbles(builder: Any, totals: list[Any], address: Any, pitch: Any, x: Any) -> list[Any]:
     half = _WORDS // 2
     for first in range(0, half, _QUARTER):
         parts = []
         for word, column in _columns(builder, address, pitch, range(first, first + _QUARTER)):
-            parts += [(builder.and_(column, _all(15)), word), (builder.lshr(column, _all(4)), half + word)]
-        if DOTS:
-            totals = _added(builder, totals, parts, x, _WORDS, dots_of_bytes)
-        else:
-            totals = _with_short_dots(builder, totals, parts, x)
+            parts += [(part, word + half * i) for i, part in enumerate(_nibbles(builder, column))]
+        totals = _added(builder, totals, parts, x, _WORDS, dots_of_bytes)
     return totals
 
 
-def _with_short_dots(builder: Any, totals: list[Any], parts: list[tuple[Any, int]], x: Any) -> list[Any]:
-    """Do `_added` to eight columns whose numbers are below 16: sums of sixteen products fit into 16 bits.
-
-    VPMADDUBSW, VPADDW, VPMADDWD.
-    """
-    changed = []
-    for first in range(0, len(totals), _AT_ONCE):
-        tokens = range(first, min(first + _AT_ONCE, len(totals)))
-        sums = [ir.Constant(SHORT_VECTOR, [0] * 32) for _ in tokens]
-        for part, word in parts:
-            numbers = (load_splat(builder, x, _WORDS * t + word, WORD) for t in tokens)
-            products = (products_of_bytes(builder, part, number) for number in numbers)
-            sums = [builder.add(*pair) for pair in zip(sums, products, strict=True)]
-        changed += [builder.add(totals[t], pairs_added(builder, total)) for t, total in zip(tokens, sums, strict=True)]
-    return changed
+def _nibbles(builder: Any, column: Any) -> tuple[Any, Any]:
+    return builder.and_(column, _all(15)), builder.lshr(column, _all(4))
 
 
 #: ``add_nibbles(sums, address, pitch, x)``: what `add_bytes` does, with a group of int4 weights, 32 bytes, as they are
 #: stored. The low halves of bytes meet the first half of a token's numbers, the high ones the other. VPANDD,
-#: VGF2P8AFFINEQB, VPDPBUSD; or VPSRLW, VPMADDUBSW, VPADDW, VPMADDWD.
+#: VGF2P8AFFINEQB, VPDPBUSD.
 add_nibbles = _adding(_with_nibbles)
+
+
+def _with_turned_bytes(builder: Any, totals: list[Any], columns: list[Any], x: Any) -> list[Any]:
+    parts = []
+    for word, column in enumerate(columns):
+        parts.append((bytes_as_shorts(builder, column, is_even=True), word))
+        parts.append((bytes_as_shorts(builder, column, is_even=False), _WORDS + word))
+    return _added(builder, totals, parts, x, 2 * _WORDS, dots_of_shorts)
+
+
+#: ``add_turned_bytes(sums, columns, x)``: add the products of four columns of int8 weights, as they are. The words of a
+#: token that meet them are at ``x``: pairs of int16, of each four numbers the first and the third, and a line behind
+#: these the second and the fourth; the next token's are two lines further. VPSLLW, VPSRAW, VPMADDWD, VPADDD.
+add_turned_bytes = _adding_turned(_with_turned_bytes)
+
+
+def _with_turned_nibbles(builder: Any, totals: list[Any], columns: list[Any], x: Any) -> list[Any]:
+    # Products of numbers below 16 with int8: sixteen of them fit into 16 bits.
+    shorts = [ir.Constant(SHORT_VECTOR, [0] * 32)] * len(totals)
+    for word, column in enumerate(columns):
+        for i, part in enumerate(_nibbles(builder, column)):
+            for t, so_far in enumerate(shorts):
+                number = load_splat(builder, x, _WORDS * t + _WORDS // 2 * i + word, WORD)
+                shorts[t] = builder.add(so_far, products_of_bytes(builder, part, number))
+    return [builder.add(*pair) for pair in zip(totals, (pairs_added(builder, sums) for sums in shorts), strict=True)]
+
+
+#: ``add_turned_nibbles(sums, columns, x)``: the same with int4 weights, as they are stored. Words of a token are four
+#: int8; those that high halves of bytes meet come half a line later, the next token's a line. VPANDD, VPSRLW,
+#: VPMADDUBSW, VPADDW, VPMADDWD.
+add_turned_nibbles = _adding_turned(_with_turned_nibbles)
