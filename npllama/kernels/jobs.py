@@ -12,6 +12,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels.by_address import call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.memory import address
+from npllama.kernels.simd_atomic import APART, fetch_add
 from npllama.kernels.subroutines import subroutine
 
 #: Storage type -> its number in compiled functions.
@@ -19,6 +20,8 @@ FORMS = {"bfloat16": 0, "int8": 1, "int4": 2, "float32": 3}
 #: Columns of a table of jobs, a line for each matrix: addresses of the stored numbers, of scales and minima (or of the
 #: numbers again) and of the output; M, and the number of the first block.
 DATA, SCALES, MINIMA, OUTPUT, ROWS, FIRST = range(6)
+#: Times that a thread asks for blocks of its part: what one gets takes some ten microseconds or more.
+_HELPINGS = 32
 
 
 def jobs_of(weights: Sequence[Tensor], outputs: Sequence[Array], size: int) -> Array:
@@ -50,8 +53,21 @@ def job_of(jobs: Array, block: int, size: int) -> Any:
 def deal_out(arguments: Any, jobs: Array, size: int, n_threads: int, work: int) -> None:
     """Call ``work(arguments, jobs, start, stop)``, an address, for all blocks.
 
-    Each thread reads one contiguous part of all matrices, laid end to end.
+    Each thread reads one contiguous part of all matrices, laid end to end, helping by helping; then it takes what is
+    left of the others' parts. So a thread that other programs slow down, or a slower core, keeps nobody waiting.
     """
-    blocks = count_blocks(jobs, size)
+    taken = np.zeros(APART * n_threads, np.int64)
     for thread in prange(n_threads):
-        call_at(work, (arguments, jobs, blocks * thread // n_threads, blocks * (thread + 1) // n_threads))
+        for i in range(n_threads):
+            _take_part(arguments, jobs, count_blocks(jobs, size), (thread + i) % n_threads, n_threads, taken, work)
+
+
+@subroutine()
+def _take_part(arguments: Any, jobs: Array, blocks: int, part: int, n_threads: int, taken: Array, work: int) -> None:
+    """Do helpings of a part until there are none left; a number for each part counts the blocks that are taken."""
+    begin, end = blocks * part // n_threads, blocks * (part + 1) // n_threads
+    helping = max(1, (end - begin) // _HELPINGS)
+    start = begin + fetch_add(taken, APART * part, helping)
+    while start < end:
+        call_at(work, (arguments, jobs, start, min(start + helping, end)))
+        start = begin + fetch_add(taken, APART * part, helping)

@@ -27,11 +27,8 @@ from npllama.kernels.layer_units import (
     parts_of,
     units_of,
 )
-from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
+from npllama.kernels.simd_atomic import APART, fetch_add, load_acquire, pause
 from npllama.kernels.subroutines import subroutine
-
-#: Numbers from one counter to the next: none shares its cache lines with another.
-APART = 16
 
 
 class Works(NamedTuple):

@@ -13,6 +13,9 @@ from numba import types
 
 from npllama.kernels.llvm import call, intrinsic
 
+#: Elements from one counter to the next: none shares its cache lines with another.
+APART = 16
+
 
 def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     return builder.gep(context.make_array(kind)(context, builder, array).data, [index])

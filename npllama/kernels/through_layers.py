@@ -39,9 +39,10 @@ from npllama.kernels.byte_rows import Rows
 from npllama.kernels.features import choose, host_features
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.layer_rows import ROWS, Part, configure, release, table_of
-from npllama.kernels.layer_turns import APART, Works, count_units, run_units, take_units
+from npllama.kernels.layer_turns import Works, count_units, run_units, take_units
 from npllama.kernels.layer_units import MATRICES, NORMS, Plan, Shared, enter_product, multiply_unit, own_of
 from npllama.kernels.memory import aligned
+from npllama.kernels.simd_atomic import APART
 from npllama.kernels.tiles import _STEP, _shapes
 from npllama.kernels.tiles import _TILE as _TILE_OF_TOKENS
 
