@@ -1,13 +1,14 @@
 """Products of one token, or a few, that are rounded to int8, with int8 and int4 weights: sixteen rows at a time.
 
-The rows of a **block** are turned into columns in registers (`npllama.kernels.simd_columns`), a group of 64 numbers at
-a time, and each column meets all tokens of a **party**, eight at most. A sum's lanes are rows then, and several tokens
-cost little more than their multiplications. A single token meets rows as they lie (`npllama.kernels.simd_groups`), in
+The rows of a **block** are turned into columns (`npllama.kernels.simd_columns`), a group of 64 numbers at a time, and
+each column meets all tokens of a **party**, eight at most. A sum's lanes are rows then, and several tokens cost little
+more than their multiplications. Where no instruction multiplies bytes, columns go to memory first, and meet four tokens
+at a time, whose sums registers have room for. A single token meets rows as they lie (`npllama.kernels.simd_groups`), in
 the order of the memory, which is what it waits for: only the sums of groups are turned.
 
-Weights count as unsigned: int8 as 128 more than they are, int4 as it is stored, 8 more than around zero. The exact sum
-of a group begins with what that makes too much (`npllama.kernels.rounded_tokens`). It is then multiplied by what the
-group has in common::
+Weights count as unsigned: int8 as 128 more than they are (but as they are without that instruction), int4 as it is
+stored, 8 more than around zero. The exact sum of a group begins with what that makes too much
+(`npllama.kernels.rounded_tokens`). It is then multiplied by what the group has in common::
 
     y += scale · step · sum(q · integer)  [+ (minimum + 8 scale) · sum of the token's group, for int4]
 
@@ -74,8 +75,9 @@ BLOCK = 16
 _SAME_PLACES = 4096
 #: Numbers of tokens that columns are multiplied with, see `npllama.kernels.vector_rows.tokens_of`.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
-#: Parts of a line that are turned one after the other, four columns each.
+#: Quarters of a line are turned one after the other. Bytes of one; bytes of its four columns.
 _QUARTERS = 4
+_QUARTER, _COLUMNS = LINE // _QUARTERS, LINE * _QUARTERS
 _INT8, _INT4 = FORMS["int8"], FORMS["int4"]
 _BYTE, _FLOAT = np.empty(0, np.int8), np.empty(0, np.float32)  # only their dtypes matter
 
@@ -248,10 +250,10 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
 
 @subroutine()
 def _multiply_turned(count: int, block: Block, x: int) -> None:
-    """Do the same to four or eight tokens where no instruction multiplies bytes.
+    """Do what `_multiply_party` does where no instruction multiplies bytes, to four or eight tokens.
 
-    Columns go to memory first. There they meet four tokens at a time, whose sums stay in registers, in loops that are
-    short enough for the processor to keep them decoded: together eight tokens take a fifth longer.
+    All at once, eight tokens take a fifth longer, and half as long again on a core that is shared with another program:
+    their sums need twice the registers that there are, and the loop much of what keeps instructions decoded.
     """
     per_chunk, per_line = _per_chunk(block.is_int4), _per_line(block.is_int4)
     steps, pitch = integers_bytes(count, block.is_int4), numbers_pitch(count)
@@ -269,12 +271,12 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
             rows, apart = _lines_of_rows(block, first)
             _turn(rows, apart, quarters * (after - first), columns)
             for g in range(first, after):
-                factors, here = block.factors + WEIGHT_LINES * g, columns + _FOUR * LINE * quarters * (g - first)
+                factors, here = block.factors + WEIGHT_LINES * g, columns + _COLUMNS * quarters * (g - first)
                 for t in range(0, count, _FOUR):
                     numbers = x + steps + 4 * t
                     tile = first_sums(numbers + pitch, _FOUR)
                     for quarter in range(quarters):
-                        four, words = here + _FOUR * LINE * quarter, x + token_bytes * t + 4 * _FOUR * quarter
+                        four, words = here + _COLUMNS * quarter, x + token_bytes * t + _QUARTER * quarter
                         if block.is_int4:
                             tile = add_turned_nibbles(tile, four, words)
                         else:
@@ -315,9 +317,9 @@ def _lines_of_rows(block: Block, first: int) -> Any:
 def _turn(rows: int, apart: int, quarters: int, columns: int) -> None:
     """Write the columns of so many quarters of a line of each row."""
     for quarter in range(quarters):
-        four = columns_at(rows + 4 * _FOUR * quarter, apart)
-        for i in range(_FOUR):
-            simd.store(columns, LINE * (_FOUR * quarter + i), four[i])
+        four = columns_at(rows + _QUARTER * quarter, apart)
+        for i in range(len(four)):
+            simd.store(columns, _COLUMNS * quarter + LINE * i, four[i])
 
 
 @subroutine()
