@@ -252,8 +252,7 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
 def _multiply_turned(count: int, block: Block, x: int) -> None:
     """Do what `_multiply_party` does where no instruction multiplies bytes, to four or eight tokens.
 
-    All at once, eight tokens take a fifth longer, and half as long again on a core that is shared with another program:
-    their sums need twice the registers that there are, and the loop much of what keeps instructions decoded.
+    All at once, eight tokens take a fifth longer or more: their sums alone need all registers that there are.
     """
     per_chunk, per_line = _per_chunk(block.is_int4), _per_line(block.is_int4)
     steps, pitch = integers_bytes(count, block.is_int4), numbers_pitch(count)

@@ -20,8 +20,8 @@ FORMS = {"bfloat16": 0, "int8": 1, "int4": 2, "float32": 3}
 #: Columns of a table of jobs, a line for each matrix: addresses of the stored numbers, of scales and minima (or of the
 #: numbers again) and of the output; M, and the number of the first block.
 DATA, SCALES, MINIMA, OUTPUT, ROWS, FIRST = range(6)
-#: Times that a thread asks for blocks of its part: what one gets takes some ten microseconds or more.
-_HELPINGS = 32
+#: Helpings of a thread's part, at most; blocks of one, at least: ten microseconds' work, to ask takes less than one.
+_HELPINGS, _LEAST = 32, 16
 
 
 def jobs_of(weights: Sequence[Tensor], outputs: Sequence[Array], size: int) -> Array:
@@ -56,17 +56,23 @@ def deal_out(arguments: Any, jobs: Array, size: int, n_threads: int, work: int) 
     Each thread reads one contiguous part of all matrices, laid end to end, helping by helping; then it takes what is
     left of the others' parts. So a thread that other programs slow down, or a slower core, keeps nobody waiting.
     """
-    taken = np.zeros(APART * n_threads, np.int64)
+    blocks, taken = count_blocks(jobs, size), _nothing_taken(n_threads)
     for thread in prange(n_threads):
         for i in range(n_threads):
-            _take_part(arguments, jobs, count_blocks(jobs, size), (thread + i) % n_threads, n_threads, taken, work)
+            _take_part(arguments, jobs, blocks, (thread + i) % n_threads, n_threads, taken, work)
+
+
+@subroutine()
+def _nothing_taken(n_parts: int) -> Array:
+    """Return a counter for each part; not written in `deal_out` itself, whose threads would share filling them."""
+    return np.zeros(APART * n_parts, np.int64)
 
 
 @subroutine()
 def _take_part(arguments: Any, jobs: Array, blocks: int, part: int, n_threads: int, taken: Array, work: int) -> None:
     """Do helpings of a part until there are none left; a number for each part counts the blocks that are taken."""
     begin, end = blocks * part // n_threads, blocks * (part + 1) // n_threads
-    helping = max(1, (end - begin) // _HELPINGS)
+    helping = max(_LEAST, (end - begin) // _HELPINGS)
     start = begin + fetch_add(taken, APART * part, helping)
     while start < end:
         call_at(work, (arguments, jobs, start, min(start + helping, end)))

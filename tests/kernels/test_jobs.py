@@ -51,7 +51,7 @@ def wait_in_the_first(arguments: Any, jobs: Array, start: int, stop: int) -> Non
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread has nobody to wait for")
 def test_others_do_what_a_slow_thread_leaves_of_its_part() -> None:
-    jobs, done, patience = jobs_with(SIZE * 40), np.zeros(40, np.int64), np.full(1, 1 << 26, np.int64)
+    jobs, done, patience = jobs_with(SIZE * 640), np.zeros(640, np.int64), np.full(1, 1 << 26, np.int64)
     deal_out((done, patience), jobs, SIZE, 2, address_of(wait_in_the_first, (done, patience), jobs, 1, 1))
-    assert done[0] == 40
+    assert done[0] == 640
     assert patience[0] > 0  # three quarters were done while the first block took its time
