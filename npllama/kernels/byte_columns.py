@@ -2,9 +2,11 @@
 
 The rows of a **block** are turned into columns (`npllama.kernels.simd_columns`), a group of 64 numbers at a time, and
 each column meets all tokens of a **party**, eight at most. A sum's lanes are rows then, and several tokens cost little
-more than their multiplications. Where no instruction multiplies bytes, columns go to memory first, and meet four tokens
-at a time, whose sums registers have room for. A single token meets rows as they lie (`npllama.kernels.simd_groups`), in
-the order of the memory, which is what it waits for: only the sums of groups are turned.
+more than their multiplications. A single token meets rows as they lie (`npllama.kernels.simd_groups`), in the order of
+the memory, which is what it waits for: only the sums of groups are turned.
+
+Where no instruction multiplies bytes, registers have no room for the sums of a party. Columns of int4 go to memory
+first, and meet four tokens at a time. Rows of int8 meet a party as they lie, and the lanes of sums are its tokens.
 
 Weights count as unsigned: int8 as 128 more than they are (but as they are without that instruction), int4 as it is
 stored, 8 more than around zero. The exact sum of a group begins with what that makes too much
@@ -37,8 +39,8 @@ from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, deal
 from npllama.kernels.llvm import DOTS
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded_tokens import PARTY, group_bytes, integers_bytes, numbers_pitch, round_tokens, tokens_bytes
-from npllama.kernels.simd_columns import add_bytes, add_nibbles, add_turned_bytes, add_turned_nibbles, columns_at
-from npllama.kernels.simd_groups import products_of_bytes, products_of_nibbles
+from npllama.kernels.simd_columns import add_bytes, add_nibbles, add_turned_nibbles, columns_at
+from npllama.kernels.simd_groups import add_first_to_memory, add_row, products_of_bytes, products_of_nibbles
 from npllama.kernels.simd_quantised import load_floats, load_integers
 from npllama.kernels.simd_sums import (
     add_stepped,
@@ -75,9 +77,8 @@ BLOCK = 16
 _SAME_PLACES = 4096
 #: Numbers of tokens that columns are multiplied with, see `npllama.kernels.vector_rows.tokens_of`.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
-#: Quarters of a line are turned one after the other. Bytes of one; bytes of its four columns.
-_QUARTERS = 4
-_QUARTER, _COLUMNS = LINE // _QUARTERS, LINE * _QUARTERS
+#: Bytes of a row that are turned at once, and of the four columns that they become; a group of int4 takes it twice.
+_PIECE, _COLUMNS, _PIECES = 16, 16 * BLOCK, 2
 _INT8, _INT4 = FORMS["int8"], FORMS["int4"]
 _BYTE, _FLOAT = np.empty(0, np.int8), np.empty(0, np.float32)  # only their dtypes matter
 
@@ -156,8 +157,11 @@ def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None
 
 @subroutine()
 def room_size(groups: int) -> int:
-    """Return how many numbers `multiply_block` needs for a party's sums, factors, lines, and the sums of groups."""
-    return (2 * LINE * PARTY + WEIGHT_LINES * groups + SQUARE * (1 + (groups + SIDE - 1) // SIDE)) // 4
+    """Return how many numbers `multiply_block` needs for a party's sums, factors, lines, and the sums of groups.
+
+    A chunk of int4 rows and the columns of a group take the place of the latter two, and of no more than ten squares.
+    """
+    return (2 * LINE * PARTY + WEIGHT_LINES * groups + SQUARE * max(10, 1 + (groups + SIDE - 1) // SIDE)) // 4
 
 
 @compiled()
@@ -204,16 +208,25 @@ def multiply_block(
         count = tokens_of(party)
         if count == _ONE:
             _multiply_one(block, x)
-        elif not DOTS:
+        elif is_int4 and not DOTS:
             _multiply_turned(count, block, x)
         elif count == _FOUR:
-            _multiply_party(_FOUR, block, x)
+            _multiply_some(_FOUR, block, x)
         else:
-            _multiply_party(_EIGHT, block, x)
+            _multiply_some(_EIGHT, block, x)
         for t in range(party):
             simd.store(output + (first + t) * token_bytes, 0, load_floats(sums, LINE * t))
         x += groups * group_bytes(count, is_int4)
         ahead = rows  # once is enough
+
+
+@subroutine(inline=True)
+def _multiply_some(count: int, block: Block, x: int) -> None:
+    """Fill the sums of literally so many tokens, which begin at an address."""
+    if DOTS:
+        _multiply_party(count, block, x)
+    else:
+        _multiply_rows(count, block, x)
 
 
 @subroutine(inline=True)
@@ -250,13 +263,11 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
 
 @subroutine()
 def _multiply_turned(count: int, block: Block, x: int) -> None:
-    """Do what `_multiply_party` does where no instruction multiplies bytes, to four or eight tokens.
+    """Do what `_multiply_party` does to int4 weights where no instruction multiplies bytes, with four or eight tokens.
 
     All at once, eight tokens take a fifth longer or more: their sums alone need all registers that there are.
     """
-    per_chunk, per_line = _per_chunk(block.is_int4), _per_line(block.is_int4)
-    steps, pitch = integers_bytes(count, block.is_int4), numbers_pitch(count)
-    token_bytes, quarters = steps // count, _QUARTERS // per_line
+    size, per_chunk, pitch, steps = GROUP // 2, _per_chunk(True), numbers_pitch(count), integers_bytes(count, True)
     chunk, columns = block.sums + LINE * PARTY, block.lines + SQUARE
     for t in range(0, count, _FOUR):
         store_sums(block.sums + LINE * t, no_sums(_FOUR))
@@ -265,28 +276,71 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
         _fetch(block, start, stop)
         for t in range(0, count, _FOUR):
             store_sums(chunk + LINE * t, no_sums(_FOUR))
-        for first in range(start, stop, per_line):
-            after = min(first + per_line, stop)
-            rows, apart = _lines_of_rows(block, first)
-            _turn(rows, apart, quarters * (after - first), columns)
-            for g in range(first, after):
-                factors, here = block.factors + WEIGHT_LINES * g, columns + _COLUMNS * quarters * (g - first)
-                for t in range(0, count, _FOUR):
-                    numbers = x + steps + 4 * t
-                    tile = first_sums(numbers + pitch, _FOUR)
-                    for quarter in range(quarters):
-                        four, words = here + _COLUMNS * quarter, x + token_bytes * t + _QUARTER * quarter
-                        if block.is_int4:
-                            tile = add_turned_nibbles(tile, four, words)
-                        else:
-                            tile = add_turned_bytes(tile, four, words)
-                    totals = add_stepped(sums_at(chunk + LINE * t, _FOUR), tile, load_floats(factors, SCALE), numbers)
-                    if block.is_int4:
-                        totals = outer_floats(totals, factors + MIDDLE, numbers + 2 * pitch)
-                    store_sums(chunk + LINE * t, totals)
-                x += group_bytes(count, block.is_int4)
+        rows, apart = _rows_of_chunk(block, start, stop, columns + _PIECES * _COLUMNS)
+        for g in range(start, stop):
+            factors = block.factors + WEIGHT_LINES * g
+            for line in range(0, BLOCK * size, LINE):
+                simd.prefetch(block.ahead.data + BLOCK * size * g, line)
+            _turn(rows, apart, columns)
+            for t in range(0, count, _FOUR):
+                numbers = x + steps + 4 * t
+                tile = first_sums(numbers + pitch, _FOUR)
+                for piece in range(_PIECES):
+                    tile = add_turned_nibbles(tile, columns + _COLUMNS * piece, x + LINE * t + _PIECE * piece)
+                totals = add_stepped(sums_at(chunk + LINE * t, _FOUR), tile, load_floats(factors, SCALE), numbers)
+                totals = outer_floats(totals, factors + MIDDLE, numbers + 2 * pitch)
+                store_sums(chunk + LINE * t, totals)
+            rows, x = rows + size, x + group_bytes(count, True)
         for t in range(0, count, _FOUR):
             add_to_memory(block.sums + LINE * t, sums_at(chunk + LINE * t, _FOUR))
+
+
+@subroutine(inline=True)
+def _rows_of_chunk(block: Block, start: int, stop: int, room: int) -> Any:
+    """Return where the first row's groups of a chunk of int4 are, and how far apart those of the others are."""
+    size = GROUP // 2
+    rows, row_bytes = block.rows.data + size * start, size * block.groups
+    if row_bytes % _SAME_PLACES != 0:
+        return rows, row_bytes
+    apart = size * chunk_groups(BYTES)
+    for r in range(BLOCK):
+        for line in range(0, size * (stop - start), LINE):
+            simd.store(room + apart * r, line, simd.load_bytes(rows + row_bytes * r, line))
+    return room, np.int64(apart)
+
+
+@subroutine(inline=True)
+def _turn(rows: int, row_bytes: int, columns: int) -> None:
+    """Write the columns of a group of each row, 32 bytes."""
+    for piece in range(_PIECES):
+        four = columns_at(rows + _PIECE * piece, row_bytes)
+        for i in range(len(four)):
+            simd.store(columns, _COLUMNS * piece + LINE * i, four[i])
+
+
+@subroutine(inline=True)
+def _multiply_rows(count: int, block: Block, x: int) -> None:
+    """Do what `_multiply_party` does to int8 weights where no instruction multiplies bytes, with so many tokens.
+
+    Bytes become int16 as a row is loaded, and no number of a token must be in all lanes: columns would take a quarter
+    more instructions. Of int4 they take fewer: sums stay in 16 bits, and adding up their lanes is most of the work.
+    """
+    per_chunk, row_bytes, steps = _per_chunk(False), GROUP * block.groups, integers_bytes(count, False)
+    coming = block.ahead.data
+    store_sums(block.lines, no_sums(count))
+    for start in range(0, block.groups, per_chunk):
+        stop = min(start + per_chunk, block.groups)
+        _fetch(block, start, stop)
+        for r in range(BLOCK):
+            row, scales = block.rows.data + row_bytes * r + GROUP * start, block.factors + SCALE + 4 * r
+            token, totals = x, simd.broadcast(np.float32(0))
+            for g in range(start, stop):
+                simd.prefetch(coming, 0)
+                totals = add_row(count, totals, row, token, scales + WEIGHT_LINES * g, token + steps)
+                row, token, coming = row + GROUP, token + group_bytes(count, False), coming + LINE
+            add_first_to_memory(count, block.lines + 4 * count * r, totals)
+        x += group_bytes(count, False) * (stop - start)
+    simd.transpose(block.lines, 0, 4 * count, block.sums, 0, LINE)
 
 
 @subroutine(inline=True)
@@ -310,15 +364,6 @@ def _lines_of_rows(block: Block, first: int) -> Any:
     for r in range(BLOCK):
         simd.store(block.lines, LINE * r, simd.load_bytes(rows + r * row_bytes, 0))
     return block.lines, np.int64(LINE)
-
-
-@subroutine(inline=True)
-def _turn(rows: int, apart: int, quarters: int, columns: int) -> None:
-    """Write the columns of so many quarters of a line of each row."""
-    for quarter in range(quarters):
-        four = columns_at(rows + _QUARTER * quarter, apart)
-        for i in range(len(four)):
-            simd.store(columns, _COLUMNS * quarter + LINE * i, four[i])
 
 
 @subroutine()

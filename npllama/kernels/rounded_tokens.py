@@ -5,8 +5,8 @@ The 64 numbers of a token that meet one group of weights are integers times a st
 group has the integers of each token, behind these the steps of all, what their sums of products begin with, and the
 sums of the numbers that their integers stand for.
 
-The integers are a line of int8. Where no instruction multiplies bytes and several tokens meet int8 weights, they are
-two lines of pairs of int16: of each four the first and the third, and the second and the fourth.
+The integers are a line of int8; two lines of int16 where several tokens meet int8 weights and no instruction
+multiplies bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.llvm import DOTS
 from npllama.kernels.rounded import int8_lanes
-from npllama.kernels.simd_quantised import load_integers
-from npllama.kernels.simd_words import even_bytes, odd_bytes
+from npllama.kernels.simd_groups import widen_bytes
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_rows import tokens_of
 from npllama.kernels.vector_squares import LINE, excess
@@ -83,9 +82,7 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
                 source = spare
             step, total = int8_lanes(source, place + line)
             if are_words:
-                words = load_integers(place + line, 0)
-                simd.store(place + line, 0, even_bytes(words))
-                simd.store(place + line, LINE, odd_bytes(words))
+                widen_bytes(place + line)
             simd.store_one(place, here, step)
             simd.store_one(place, here + pitch, np.int32(0 if are_words else -too_large * total))
             simd.store_one(place, here + 2 * pitch, np.float32(total) * step)

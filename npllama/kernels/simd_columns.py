@@ -4,8 +4,8 @@ A **column** is the same four bytes of sixteen rows; it meets four bytes of each
 lanes. So a sum's lanes are rows, and nothing is left to add up at the end. See `npllama.kernels.simd_sums` for sums.
 
 Where an instruction multiplies bytes, rows are turned 16 bytes at a time, just before these are multiplied: the
-processor turns the next ones meanwhile. Elsewhere columns go to memory first, and meet as many tokens at a time as
-registers have room for.
+processor turns the next ones meanwhile. Elsewhere columns of int4 go to memory first, and meet as many tokens at a time
+as registers have room for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from npllama.kernels.llvm import (
     WIDE,
     WORD,
     dots_of_bytes,
-    dots_of_shorts,
     first_shorts,
     intrinsic,
     pairs_added,
@@ -32,7 +31,6 @@ from npllama.kernels.llvm import (
     turned,
 )
 from npllama.kernels.simd_sums import apart, load, load_splat
-from npllama.kernels.simd_words import bytes_as_shorts
 
 _tuple: Any = types.UniTuple
 
@@ -97,21 +95,6 @@ def _adding(grown: Callable[[Any, list[Any], Any, Any, Any], list[Any]]) -> Any:
     return intrinsic(typed)
 
 
-def _adding_turned(grown: Callable[[Any, list[Any], list[Any], Any], list[Any]]) -> Any:
-    """Return an intrinsic like those of `_adding`, which finds four columns in memory, one after the other."""
-
-    def typed(context: Any, sums: Any, columns: Any, x: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            tile, columns, x = arguments
-            totals = [builder.extract_value(tile, t) for t in range(sums.count)]
-            four = [load(builder, columns, 64 * i, BYTE_VECTOR) for i in range(_QUARTER)]
-            return context.make_tuple(builder, sums, grown(builder, totals, four, x))
-
-        return sums(sums, types.int64, types.int64), code
-
-    return intrinsic(typed)
-
-
 def _all(number: int) -> Any:
     return ir.Constant(BYTE_VECTOR, [number] * 64)
 
@@ -165,33 +148,27 @@ def _nibbles(builder: Any, column: Any) -> tuple[Any, Any]:
 add_nibbles = _adding(_with_nibbles)
 
 
-def _with_turned_bytes(builder: Any, totals: list[Any], columns: list[Any], x: Any) -> list[Any]:
-    parts = []
-    for word, column in enumerate(columns):
-        parts.append((bytes_as_shorts(builder, column, is_even=True), word))
-        parts.append((bytes_as_shorts(builder, column, is_even=False), _WORDS + word))
-    return _added(builder, totals, parts, x, 2 * _WORDS, dots_of_shorts)
+@intrinsic
+def add_turned_nibbles(context: Any, sums: Any, columns: Any, x: Any) -> Any:
+    """``add_turned_nibbles(sums, columns, x)``: do what `add_nibbles` does to four columns, one after the other.
 
+    The words of a token that meet low halves of bytes are at ``x``, those that meet high ones half a line behind, and
+    the next token's a line. VPANDD, VPSRLW, VPMADDUBSW, VPADDW, VPMADDWD.
+    """
 
-#: ``add_turned_bytes(sums, columns, x)``: add the products of four columns of int8 weights, as they are. The words of a
-#: token that meet them are at ``x``: pairs of int16, of each four numbers the first and the third, and a line behind
-#: these the second and the fourth; the next token's are two lines further. VPSLLW, VPSRAW, VPMADDWD, VPADDD.
-add_turned_bytes = _adding_turned(_with_turned_bytes)
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile, columns, x = arguments
+        # Sixteen products of numbers below 16 with int8 fit into 16 bits. Column by column, not token by token as in
+        # `dots_of_nibbles`: registers would have to hold the halves of all columns, and that takes 1.16 times as long.
+        shorts = [ir.Constant(SHORT_VECTOR, [0] * 32)] * sums.count
+        for word in range(_QUARTER):
+            for i, part in enumerate(_nibbles(builder, load(builder, columns, 64 * word, BYTE_VECTOR))):
+                for t, so_far in enumerate(shorts):
+                    number = load_splat(builder, x, _WORDS * t + _WORDS // 2 * i + word, WORD)
+                    shorts[t] = builder.add(so_far, products_of_bytes(builder, part, number))
+        totals = [
+            builder.add(builder.extract_value(tile, t), pairs_added(builder, shorts[t])) for t in range(sums.count)
+        ]
+        return context.make_tuple(builder, sums, totals)
 
-
-def _with_turned_nibbles(builder: Any, totals: list[Any], columns: list[Any], x: Any) -> list[Any]:
-    # Products of numbers below 16 with int8: sixteen of them fit into 16 bits. Column by column, not `dots_of_nibbles`
-    # token by token, for which registers would have to hold the halves of all columns: that takes 1.16 times as long.
-    shorts = [ir.Constant(SHORT_VECTOR, [0] * 32)] * len(totals)
-    for word, column in enumerate(columns):
-        for i, part in enumerate(_nibbles(builder, column)):
-            for t, so_far in enumerate(shorts):
-                number = load_splat(builder, x, _WORDS * t + _WORDS // 2 * i + word, WORD)
-                shorts[t] = builder.add(so_far, products_of_bytes(builder, part, number))
-    return [builder.add(*pair) for pair in zip(totals, (pairs_added(builder, sums) for sums in shorts), strict=True)]
-
-
-#: ``add_turned_nibbles(sums, columns, x)``: the same with int4 weights, as they are stored. Words of a token are four
-#: int8; those that high halves of bytes meet come half a line later, the next token's a line. VPANDD, VPSRLW,
-#: VPMADDUBSW, VPADDW, VPMADDWD.
-add_turned_nibbles = _adding_turned(_with_turned_nibbles)
+    return sums(sums, types.int64, types.int64), code

@@ -1,4 +1,4 @@
-"""Groups of a row times those of one token, beside what NumPy computes."""
+"""Groups of a row times those of tokens, beside what NumPy computes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import numba
 import numpy as np
 import pytest
 
+from npllama.kernels import simd
 from npllama.kernels.features import PATHS, host_features
-from npllama.kernels.simd_groups import products_of_bytes, products_of_nibbles
+from npllama.kernels.simd_groups import (
+    add_first_to_memory,
+    add_row,
+    products_of_bytes,
+    products_of_nibbles,
+    widen_bytes,
+)
 from npllama.kernels.simd_sums import store_totals
 
 RNG = np.random.default_rng(6)
@@ -47,3 +54,37 @@ def test_a_sum_of_int4_meets_low_halves_of_bytes_first(count: int, token: np.nda
     pairs = row[3 : 3 + 32 * count].reshape(count, 32).astype(np.int64)
     expected = (np.hstack([pairs & 15, pairs >> 4]) * token[:count, :64]).sum(1)
     np.testing.assert_array_equal(sums(products_of_nibbles, count, row, token), expected)
+
+
+@pytest.mark.parametrize(("tokens", "row"), [(TOKEN, ROW), EDGE], ids=["random", "largest"])
+@pytest.mark.parametrize("count", [4, 8])
+def test_totals_of_tokens_grow_by_exact_sums_of_int8_times_scale_and_step(
+    count: int, tokens: np.ndarray, row: np.ndarray
+) -> None:
+    x = tokens[:count, :64].astype(np.int16)
+    scale, steps = np.array([0.37], np.float32), np.geomspace(1e-3, 1e3, count, dtype=np.float32)
+    found = np.arange(10, dtype=np.float32)
+
+    @numba.njit
+    def kernel(out: int, row: int, x: int, scale: int, steps: int) -> None:
+        totals = add_row(count, simd.broadcast(np.float32(7)), row, x, scale, steps)
+        add_first_to_memory(count, out, totals)
+
+    kernel(found.ctypes.data, row.ctypes.data + 3, x.ctypes.data, scale.ctypes.data, steps.ctypes.data)
+    exact = x.astype(np.int64) @ row[3:67].view(np.int8).astype(np.int64)
+    scaled = (exact.astype(np.float32) * scale).astype(np.float64)  # rounded, then multiplied and added at once
+    expected = np.arange(count, dtype=np.float32) + (7 + scaled * steps).astype(np.float32)
+    np.testing.assert_array_equal(found, [*expected, *range(count, 10)])
+
+
+def test_bytes_become_pairs_of_bytes_where_they_are() -> None:
+    numbers = TOKEN[0, :64]
+    found = np.full(66, 9, np.int16)
+    found[:32] = numbers.view(np.int16)
+
+    @numba.njit
+    def kernel(place: int) -> None:
+        widen_bytes(place)
+
+    kernel(found.ctypes.data)
+    np.testing.assert_array_equal(found, [*numbers, 9, 9])
