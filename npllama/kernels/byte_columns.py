@@ -8,7 +8,7 @@ the memory, which is what it waits for: only the sums of groups are turned.
 Where no instruction multiplies bytes, registers have no room for the sums of a party. Columns of int4 go to memory
 first, and meet four tokens at a time. Rows of int8 meet a party as they lie, and the lanes of sums are its tokens.
 
-Weights count as unsigned: int8 as 128 more than they are (but as they are without that instruction), int4 as it is
+Weights count as unsigned: int8 as 128 more than they are (but as they are where rows meet a party), int4 as it is
 stored, 8 more than around zero. The exact sum of a group begins with what that makes too much
 (`npllama.kernels.rounded_tokens`). It is then multiplied by what the group has in common::
 
@@ -99,7 +99,7 @@ class Block(NamedTuple):
     sums : int
         Address of a line for each token of a party: its numbers for the sixteen rows. As much room is behind these.
     lines : int
-        Address of room for a line of each row, and a square of sixteen lines for sixteen groups.
+        Address of room for a line of each row, and what is behind these, see `room_size`.
     """
 
     rows: Rows
@@ -157,11 +157,12 @@ def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None
 
 @subroutine()
 def room_size(groups: int) -> int:
-    """Return how many numbers `multiply_block` needs for a party's sums, factors, lines, and the sums of groups.
+    """Return how many numbers `multiply_block` needs for a party's sums, factors, lines, and what is behind these.
 
-    A chunk of int4 rows and the columns of a group take the place of the latter two, and of no more than ten squares.
+    That is the sums of groups, or a chunk of int4 rows.
     """
-    return (2 * LINE * PARTY + WEIGHT_LINES * groups + SQUARE * max(10, 1 + (groups + SIDE - 1) // SIDE)) // 4
+    behind = max(SQUARE * ((groups + SIDE - 1) // SIDE), BLOCK * GROUP // 2 * chunk_groups(BYTES))
+    return (2 * LINE * PARTY + WEIGHT_LINES * groups + SQUARE + behind) // 4
 
 
 @compiled()
@@ -222,7 +223,7 @@ def multiply_block(
 
 @subroutine(inline=True)
 def _multiply_some(count: int, block: Block, x: int) -> None:
-    """Fill the sums of literally so many tokens, which begin at an address."""
+    """Fill the sums of literally so many tokens, which begin at an address, in one way or the other."""
     if DOTS:
         _multiply_party(count, block, x)
     else:
@@ -268,7 +269,7 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
     All at once, eight tokens take a fifth longer or more: their sums alone need all registers that there are.
     """
     size, per_chunk, pitch, steps = GROUP // 2, _per_chunk(True), numbers_pitch(count), integers_bytes(count, True)
-    chunk, columns = block.sums + LINE * PARTY, block.lines + SQUARE
+    chunk, columns, copies = block.sums + LINE * PARTY, block.lines, block.lines + SQUARE
     for t in range(0, count, _FOUR):
         store_sums(block.sums + LINE * t, no_sums(_FOUR))
     for start in range(0, block.groups, per_chunk):
@@ -276,7 +277,7 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
         _fetch(block, start, stop)
         for t in range(0, count, _FOUR):
             store_sums(chunk + LINE * t, no_sums(_FOUR))
-        rows, apart = _rows_of_chunk(block, start, stop, columns + _PIECES * _COLUMNS)
+        rows, apart = _in_other_places(block.rows.data + size * start, size * block.groups, size * per_chunk, copies)
         for g in range(start, stop):
             factors = block.factors + WEIGHT_LINES * g
             for line in range(0, BLOCK * size, LINE):
@@ -293,20 +294,6 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
             rows, x = rows + size, x + group_bytes(count, True)
         for t in range(0, count, _FOUR):
             add_to_memory(block.sums + LINE * t, sums_at(chunk + LINE * t, _FOUR))
-
-
-@subroutine(inline=True)
-def _rows_of_chunk(block: Block, start: int, stop: int, room: int) -> Any:
-    """Return where the first row's groups of a chunk of int4 are, and how far apart those of the others are."""
-    size = GROUP // 2
-    rows, row_bytes = block.rows.data + size * start, size * block.groups
-    if row_bytes % _SAME_PLACES != 0:
-        return rows, row_bytes
-    apart = size * chunk_groups(BYTES)
-    for r in range(BLOCK):
-        for line in range(0, size * (stop - start), LINE):
-            simd.store(room + apart * r, line, simd.load_bytes(rows + row_bytes * r, line))
-    return room, np.int64(apart)
 
 
 @subroutine(inline=True)
@@ -358,12 +345,21 @@ def _lines_of_rows(block: Block, first: int) -> Any:
     size = LINE // _per_line(block.is_int4)
     for line in range(0, LINE * BLOCK, LINE):
         simd.prefetch(block.ahead.data + BLOCK * size * first, line)
-    rows, row_bytes = block.rows.data + size * first, size * block.groups
+    return _in_other_places(block.rows.data + size * first, size * block.groups, LINE, block.lines)
+
+
+@subroutine(inline=True)
+def _in_other_places(rows: int, row_bytes: int, size: int, copies: int) -> Any:
+    """Return where the first row's bytes are, and how far apart those of the others are.
+
+    Of rows that have their lines in the same places, so many bytes, whole lines, are copied to an address.
+    """
     if row_bytes % _SAME_PLACES != 0:
         return rows, row_bytes
     for r in range(BLOCK):
-        simd.store(block.lines, LINE * r, simd.load_bytes(rows + r * row_bytes, 0))
-    return block.lines, np.int64(LINE)
+        for line in range(0, size, LINE):
+            simd.store(copies + size * r, line, simd.load_bytes(rows + row_bytes * r, line))
+    return copies, np.int64(size)
 
 
 @subroutine()

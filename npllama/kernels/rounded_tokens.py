@@ -72,7 +72,7 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
         count = tokens_of(min(PARTY, n_new - first))
         place = np.int64(room.ctypes.data) + tokens_bytes(groups, is_int4, first)
         steps, pitch = integers_bytes(count, is_int4), numbers_pitch(count)
-        are_words = steps > LINE * count
+        are_shorts = steps > LINE * count
         line, here = steps // count * (t - first), steps + 4 * (t - first)
         for g in range(groups):
             source, n_left = numbers + 4 * (t * width + GROUP * g), width - GROUP * g
@@ -81,9 +81,9 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
                     padded[j] = x[t, GROUP * g + j]
                 source = spare
             step, total = int8_lanes(source, place + line)
-            if are_words:
+            if are_shorts:
                 widen_bytes(place + line)
             simd.store_one(place, here, step)
-            simd.store_one(place, here + pitch, np.int32(0 if are_words else -too_large * total))
+            simd.store_one(place, here + pitch, np.int32(0 if are_shorts else -too_large * total))
             simd.store_one(place, here + 2 * pitch, np.float32(total) * step)
             place += group_bytes(count, is_int4)

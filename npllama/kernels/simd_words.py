@@ -55,17 +55,13 @@ def odd_bytes(context: Any, words: Any) -> Any:
 
 def _bytes_as_shorts(words: Any, is_even: bool) -> Any:
     """Return the signature and code of the two above."""
+    eight = ir.Constant(SHORT_VECTOR, [8] * 32)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(bytes_as_shorts(builder, arguments[0], is_even=is_even), INT_VECTOR)
+        shorts = builder.bitcast(arguments[0], SHORT_VECTOR)
+        return builder.bitcast(builder.ashr(builder.shl(shorts, eight) if is_even else shorts, eight), INT_VECTOR)
 
     return INTS(words), code
-
-
-def bytes_as_shorts(builder: Any, words: Any, *, is_even: bool) -> Any:
-    """Return every other byte of a vector, the first or the second of each two, as 32 int16. VPSLLW, VPSRAW."""
-    shorts, eight = builder.bitcast(words, SHORT_VECTOR), ir.Constant(SHORT_VECTOR, [8] * 32)
-    return builder.ashr(builder.shl(shorts, eight) if is_even else shorts, eight)
 
 
 @intrinsic(prefer_literal=True)

@@ -77,7 +77,7 @@ def test_totals_of_tokens_grow_by_exact_sums_of_int8_times_scale_and_step(
     np.testing.assert_array_equal(found, [*expected, *range(count, 10)])
 
 
-def test_bytes_become_pairs_of_bytes_where_they_are() -> None:
+def test_int8_become_int16_where_they_are() -> None:
     numbers = TOKEN[0, :64]
     found = np.full(66, 9, np.int16)
     found[:32] = numbers.view(np.int16)
