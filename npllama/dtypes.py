@@ -47,6 +47,10 @@ FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 #: Numbers that share a scale. Two steps of a bfloat16 matrix unit and one of an int8 unit multiply as many at a time.
 GROUP = 64
 
+#: Numbers beyond this count as infinite where integers are chosen for them: 15 steps of a group's scale must stay below
+#: float32's largest number.
+LARGEST = np.float32(2.0**126)
+
 #: Logical dtype of scales and minima. Its range is float32's, where float16's scales of small weights would vanish.
 SCALE = "bfloat16"
 

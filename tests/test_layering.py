@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"config", "cache", "taps", "weights", "dtypes", "errors"},
     "engine": {"model", "config", "cache", "taps", "weights", "dtypes", "errors"},
     "importance": {"model", "ops", "config", "cache", "weights", "dtypes"},
-    "checkpoint": {"importance", "config", "dtypes", "errors", "strict_json", "version"},
+    "checkpoint": {"importance", "kernels.fits", "config", "dtypes", "errors", "strict_json", "version"},
     "text": {"errors"},
     "generation": {"engine", "cache", "text", "errors"},
     "check": {

@@ -20,12 +20,11 @@ number, and 21.5 dB at 4.5 bits.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
-from npllama.dtypes import GROUP, PACKINGS, SCALE, Array, Packing, n_groups, narrow, pack, widen
-
-#: Numbers beyond this count as infinite: 15 steps of a group's scale must stay below float32's largest number.
-LARGEST = np.float32(2.0**126)
+from npllama.dtypes import GROUP, PACKINGS, Array, n_groups
 
 #: Scales that are tried for a group of int8.
 _SCALES = 64
@@ -33,23 +32,37 @@ _SCALES = 64
 _LOOKED_AT = 16
 
 #: Shares of a group's range that int4's first guesses cover.
-_SHARES = (1.0, 0.92, 0.84)
+_SHARES = np.array([1.0, 0.92, 0.84], np.float32)
 #: Lines that are drawn from each.
 _ROUNDS = 2
-#: Numbers that are worked on at once: temporaries of them stay in a core's cache.
-_CHUNK = 1 << 16
 
 
-def quantize(values: Array, dtype: str, importance: Array | None = None) -> tuple[Array, ...]:
+class Fits(Protocol):
+    """How groups are fitted: the module `npllama.checkpoint.fits`, or its twin `npllama.kernels.fits`."""
+
+    def ray(self, x: Array, watched: Array, counts: Array, others: Array, n_scales: int) -> tuple[Array, Array]:
+        """Fit int8."""
+        ...
+
+    def line(self, x: Array, counts: Array, shares: Array, rounds: int) -> tuple[Array, Array, Array]:
+        """Fit int4."""
+        ...
+
+
+def quantize(
+    values: Array, dtype: str, importance: Array | None = None, *, fits: Fits | None = None
+) -> tuple[Array, ...]:
     """Turn rows of numbers into the arrays of a quantised tensor.
 
     Parameters
     ----------
     values : ndarray of shape (..., N), float32
-        A group that holds NaN, or a number beyond `LARGEST`, becomes NaN as a whole.
+        A group that holds NaN, or a number beyond `npllama.dtypes.LARGEST`, becomes NaN as a whole.
     dtype : {"int8", "int4"}
     importance : ndarray of shape (N,), optional
         By how much a squared error counts in each column: finite, not negative. All alike by default.
+    fits : module, optional
+        `npllama.checkpoint.fits` for the textbook. By default its compiled twin, which finds the same, and faster.
 
     Returns
     -------
@@ -60,111 +73,41 @@ def quantize(values: Array, dtype: str, importance: Array | None = None) -> tupl
     minima : ndarray of shape (..., groups), uint16
         With int4 only.
     """
-    packing = PACKINGS[dtype]
+    fit = _twin() if fits is None else fits
     lead, width = values.shape[:-1], values.shape[-1]
-    rows = values.reshape(-1, width)
-    count = n_groups(width)
+    groups = _groups(values.reshape(-1, width))
+    counts = _counts(np.ones(width) if importance is None else importance, groups.shape[1])
+    if PACKINGS[dtype].has_minima:
+        parts: tuple[Array, ...] = fit.line(groups, counts, _SHARES, _ROUNDS)
+    else:
+        watched = np.argsort(-counts, axis=1, kind="stable")[:, :_LOOKED_AT]
+        seen = np.take_along_axis(counts, watched, axis=1)
+        unseen = 1 - seen.sum(axis=1, dtype=np.float64)
+        # The mean square of a rounding error is 1/12 of a step's.
+        parts = fit.ray(groups, watched, seen, (unseen / 12).astype(np.float32), _SCALES)
+    return tuple(part.reshape(*lead, part.shape[1]) for part in parts)
+
+
+def _twin() -> Fits:
+    """Return the compiled fits, imported only now since they bring the compiler."""
+    from npllama.kernels import fits
+
+    return fits
+
+
+def _groups(rows: Array) -> Array:
+    """Return rows (R, N) as (R, groups, 64)."""
+    count = n_groups(rows.shape[1])
+    missing = count * GROUP - rows.shape[1]
     # The last number again and again: unlike zeros it does not widen the range of the last group.
-    groups = np.pad(rows, ((0, 0), (0, count * GROUP - width)), "edge").reshape(-1, GROUP)
-    weights = _weights(np.ones(width) if importance is None else importance, count)
-    step = _CHUNK // GROUP
-    found = []
-    for start in range(0, len(groups), step):
-        x = groups[start : start + step]
-        found.append(_fit(x, weights[np.arange(start, start + len(x)) % count], packing))
-    integers, scales, minima = (np.concatenate(part) for part in zip(*found, strict=True))
-    data = pack(integers.reshape(*lead, count, GROUP), packing)
-    parts = (data, *(narrow(part.reshape(*lead, count), SCALE) for part in (scales, minima)))
-    return parts if packing.has_minima else parts[:2]
+    whole = np.pad(rows, ((0, 0), (0, missing)), "edge") if missing else rows
+    return np.ascontiguousarray(whole.reshape(-1, count, GROUP))
 
 
-def _weights(importance: Array, count: int) -> Array:
+def _counts(importance: Array, count: int) -> Array:
     """Return the importance of a row's numbers as shares of their groups', (groups, 64); of a row's padding it is 0."""
     real = np.pad(np.ones(len(importance)), (0, count * GROUP - len(importance))).reshape(count, GROUP)
     wide = np.pad(importance.astype(np.float64), (0, count * GROUP - len(importance))).reshape(count, GROUP)
     total = wide.sum(axis=1, keepdims=True)
     shares: Array = np.where(total > 0, wide, real) / np.where(total > 0, total, real.sum(axis=1, keepdims=True))
     return shares.astype(np.float32)
-
-
-def _fit(x: Array, weights: Array, packing: Packing) -> tuple[Array, Array, Array]:
-    """Return integers (G, 64), scales (G, 1) and minima (G, 1) for groups x (G, 64) with weights (G, 64)."""
-    largest = np.abs(x).max(axis=1, keepdims=True)
-    finite = largest <= LARGEST
-    unit = np.where(finite & (largest > 0), largest, np.float32(1))
-    # In units of the largest number nothing below can overflow, whatever the weights' size.
-    line = _line if packing.has_minima else _ray
-    with np.errstate(invalid="ignore"):
-        q, scale, minimum = line(np.where(finite, x, np.float32(0)) / unit, weights, unit, packing.highest)
-    return q.astype(np.int8), np.where(finite, scale, np.float32(np.nan)), minimum
-
-
-def _ray(x: Array, weights: Array, unit: Array, highest: int) -> tuple[Array, Array, Array]:
-    """Fit ``x ≈ s q``, where x is in units of ``unit`` and its largest number is 1; int8."""
-    places = np.argpartition(-weights, _LOOKED_AT, axis=1)[:, :_LOOKED_AT]
-    # One group a column: what is done to all groups at once lies in a row.
-    watched, counts = (np.ascontiguousarray(np.take_along_axis(part, places, 1).T) for part in (x, weights))
-    others = (1 - counts.sum(axis=0)) / 12  # the mean square of a rounding error is 1/12 of a step's
-    bits = _least_scale(unit[:, 0], highest) + np.arange(_SCALES, dtype=np.uint16)[:, None]  # (scales, G)
-    scales = widen(bits, SCALE) / unit[:, 0]
-    squared, steps, whole = np.empty_like(scales), np.empty_like(watched), np.empty_like(watched)
-    for of_all, scale in zip(squared, scales, strict=True):
-        np.divide(watched, scale, out=steps)
-        np.subtract(steps, np.rint(steps, out=whole), out=steps)
-        np.einsum("jg,jg,jg->g", steps, steps, counts, out=of_all)
-    squared += others
-    squared *= scales * scales
-    best = squared.argmin(axis=0)[None]
-    found = widen(np.take_along_axis(bits, best, 0), SCALE).T  # (G, 1)
-    return _nearest(x, found / unit, np.float32(0), -highest, highest), found, np.zeros_like(found)
-
-
-def _least_scale(largest: Array, highest: int) -> Array:
-    """Return the bits of the least bfloat16 above 0 by which the largest number rounds to the highest integer."""
-    wanted = largest / np.float32(highest + 0.5)
-    bits = narrow(wanted, SCALE)
-    bits += widen(bits, SCALE) < wanted
-    bits[bits == 0] = 1
-    return bits
-
-
-def _line(x: Array, weights: Array, unit: Array, highest: int) -> tuple[Array, Array, Array]:
-    """Fit ``x ≈ s q + m``, where x is in units of ``unit``; int4."""
-    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
-    mean = np.einsum("gi,gi->g", weights, x)[:, None]
-    centred = x - mean
-    best_q = np.zeros_like(x)
-    best_scale, best_minimum = np.zeros_like(unit), np.zeros_like(unit)
-    least = np.full_like(unit, np.inf)
-    for share in _SHARES:
-        slope = (high - low) * np.float32(share / highest)
-        start = (low + high) / 2 - slope * np.float32(highest / 2)
-        for _ in range(_ROUNDS):
-            q = _nearest(x, slope, start, 0, highest)
-            middle = np.einsum("gi,gi->g", weights, q)[:, None]
-            deviation = q - middle
-            spread = np.einsum("gi,gi,gi->g", weights, deviation, deviation)[:, None]
-            together = np.einsum("gi,gi,gi->g", weights, centred, deviation)[:, None]
-            slope = together / np.where(spread > 0, spread, np.float32(1))
-            start = mean - slope * middle
-        scale, minimum = _bfloat16(slope * unit), _bfloat16(start * unit)
-        s, m = scale / unit, minimum / unit
-        q = _nearest(x, s, m, 0, highest)
-        error = x - (s * q + m)
-        squared = np.einsum("gi,gi,gi->g", weights, error, error)[:, None]
-        better = squared < least
-        least = np.where(better, squared, least)
-        best_scale, best_minimum = np.where(better, scale, best_scale), np.where(better, minimum, best_minimum)
-        best_q = np.where(better, q, best_q)
-    return best_q, best_scale, best_minimum
-
-
-def _nearest(x: Array, scale: Array, minimum: Array | np.float32, lowest: int, highest: int) -> Array:
-    """Return the integers within bounds for which ``scale * q + minimum`` comes closest to x."""
-    q = (x - minimum) / np.where(scale > 0, scale, np.float32(1))
-    return np.clip(np.rint(q, out=q), lowest, highest, out=q)
-
-
-def _bfloat16(values: Array) -> Array:
-    """Round to bfloat16, as float32."""
-    return widen(narrow(values, SCALE), SCALE)

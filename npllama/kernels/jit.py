@@ -26,6 +26,8 @@ _FAST = {"reassoc", "contract", "arcp"}
 
 #: Options of everything that is compiled. Nobody calls kernels from C: what that takes is 5 % of the time to compile.
 OPTIONS = {"fastmath": _FAST, "error_model": "numpy", "nogil": True, "no_cfunc_wrapper": True}
+#: The same for what must come out bit by bit as it is written down.
+EXACT = OPTIONS | {"fastmath": False}
 
 
 @cache
@@ -50,18 +52,20 @@ def cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def compiled(*, parallel: bool = False) -> Callable[[_Function], _Function]:
+def compiled(*, parallel: bool = False, exact: bool = False) -> Callable[[_Function], _Function]:
     """Decorate a function to be compiled on its first call with each combination of dtypes, and kept on disk.
 
     Parameters
     ----------
     parallel : bool
         Share the rounds of its ``prange`` loops between threads, in contiguous runs.
+    exact : bool
+        Leave sums in their order, and fuse no product into one.
     """
 
     def decorate(function: _Function) -> _Function:
         folder = cache_folder()
-        jit = _njit(parallel=parallel, cache=folder is not None, **OPTIONS)
+        jit = _njit(parallel=parallel, cache=folder is not None, **(EXACT if exact else OPTIONS))
         before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder or "")
         try:
             kernel: _Function = jit(function)

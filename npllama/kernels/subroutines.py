@@ -18,12 +18,12 @@ from numba.core.compiler_machinery import register_pass
 from numba.core.registry import CPUDispatcher
 from numba.core.typed_passes import NativeLowering
 
-from npllama.kernels.jit import OPTIONS
+from npllama.kernels.jit import EXACT, OPTIONS
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def subroutine(*, inline: bool = False, pasted: bool = False) -> Callable[[_Function], _Function]:
+def subroutine(*, inline: bool = False, pasted: bool = False, exact: bool = False) -> Callable[[_Function], _Function]:
     """Decorate a function that only kernels call.
 
     Parameters
@@ -34,10 +34,12 @@ def subroutine(*, inline: bool = False, pasted: bool = False) -> Callable[[_Func
     pasted : bool
         Paste its source into its callers: for one with branches that a global constant of the caller's closes, before
         types are looked at. It takes longest to compile.
+    exact : bool
+        See `npllama.kernels.jit.compiled`; callers must be as exact.
     """
 
     def decorate(function: _Function) -> _Function:
-        options = {**OPTIONS, "nopython": True, "no_cpython_wrapper": True, "forceinline": inline}
+        options = {**(EXACT if exact else OPTIONS), "nopython": True, "no_cpython_wrapper": True, "forceinline": inline}
         if pasted:
             options["inline"] = "always"
         return cast(_Function, Subroutine(py_func=function, targetoptions=options, pipeline_class=_Compiler))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from npllama.checkpoint.quantize import LARGEST, quantize
-from npllama.dtypes import PACKINGS, Array, Tensor, widen
+from npllama.checkpoint.quantize import quantize
+from npllama.dtypes import LARGEST, PACKINGS, Array, Tensor, widen
 
 RNG = np.random.default_rng(0)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from npllama.checkpoint.quantize import LARGEST, quantize
+from npllama.checkpoint.quantize import quantize
 from npllama.checkpoint.store.disk import disk_errors, new_file
 from npllama.checkpoint.store.manifest import Entry
 from npllama.checkpoint.tensor import TensorRef
-from npllama.dtypes import PACKINGS, STORAGE, Array, cast
+from npllama.dtypes import LARGEST, PACKINGS, SCALE, STORAGE, Array, cast, widen
 from npllama.errors import CorruptDataError
 
 _BLOCK_BYTES = 1 << 23  # of a block as read or as float32, whichever is larger
@@ -82,29 +82,25 @@ def _blocks(ref: TensorRef) -> Iterator[Array]:
         yield values
 
 
-def _stored(values: Array, ref: TensorRef, dtype: str, importance: Array | None) -> tuple[tuple[Array, ...], Array]:
-    """Return a block's arrays as they are written, and the numbers in which NaN and infinities are looked for."""
-    if dtype not in PACKINGS:
-        converted = np.ascontiguousarray(cast(values, ref.dtype, dtype), dtype=STORAGE[dtype])
-        return (converted,), converted
-    numbers = cast(values, ref.dtype, "float32")
-    return quantize(numbers, dtype, importance), np.where(np.abs(numbers) > LARGEST, np.float32(np.inf), numbers)
+def _stored(values: Array, ref: TensorRef, dtype: str, importance: Array | None) -> tuple[Array, ...]:
+    """Return a block's arrays as they are written."""
+    if dtype in PACKINGS:
+        return quantize(cast(values, ref.dtype, "float32"), dtype, importance)
+    return (np.ascontiguousarray(cast(values, ref.dtype, dtype), dtype=STORAGE[dtype]),)
 
 
 def _finite(ref: TensorRef, entry: Entry, importance: Array | None, allow_nan: bool) -> Iterator[tuple[Array, ...]]:
     """Yield the arrays of each block, and raise behind the last one if any number was NaN or infinite."""
     position, first, n_nan, n_infinite = 0, -1, 0, 0
-    dtype = "float32" if entry.dtype in PACKINGS else entry.dtype
     for block in _blocks(ref):
-        arrays, checked = _stored(block, ref, entry.dtype, importance)
+        arrays = _stored(block, ref, entry.dtype, importance)
         yield arrays
-        bad = _not_finite(checked, dtype)
-        if bad.any():
-            nan = _nan(checked, dtype)
+        if _has_bad(arrays, entry.dtype):
+            bad, nan = _bad(block, ref.dtype, entry.dtype)
             first = position + int(bad.argmax()) if first < 0 else first
             n_nan += int(nan.sum())
             n_infinite += int(bad.sum()) - int(nan.sum())
-        position += checked.size
+        position += block.size
     if first >= 0 and not allow_nan:
         index = [int(axis) for axis in np.unravel_index(first, entry.shape)]
         raise CorruptDataError(
@@ -114,14 +110,24 @@ def _finite(ref: TensorRef, entry: Entry, importance: Array | None, allow_nan: b
         )
 
 
+def _has_bad(arrays: tuple[Array, ...], dtype: str) -> bool:
+    """Tell whether a block has NaN or infinities: of integers, a group that has them has NaN for a scale."""
+    stored, dtype = (arrays[1], SCALE) if dtype in PACKINGS else (arrays[0], dtype)
+    return bool(_not_finite(stored, dtype).any())
+
+
+def _bad(block: Array, source: str, dtype: str) -> tuple[Array, Array]:
+    """Tell which numbers of a block cannot be stored, and which of these are NaN."""
+    if dtype in PACKINGS:
+        numbers = np.abs(cast(block, source, "float32"))
+        return ~(numbers <= LARGEST), np.isnan(numbers)
+    numbers = cast(block, source, dtype)
+    bad = _not_finite(numbers, dtype)
+    return bad, bad & np.isnan(widen(numbers, dtype))
+
+
 def _not_finite(block: Array, dtype: str) -> Array:
     """Tell NaN and infinities: all bits of the exponent are set."""
     if dtype == "bfloat16":
         return np.asarray((block & 0x7F80) == 0x7F80)
     return ~np.isfinite(block)
-
-
-def _nan(block: Array, dtype: str) -> Array:
-    if dtype == "bfloat16":
-        return np.asarray((block & 0x7FFF) > 0x7F80)
-    return np.asarray(np.isnan(block))
