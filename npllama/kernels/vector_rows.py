@@ -33,6 +33,7 @@ from npllama.kernels.jobs import DATA, OUTPUT, ROWS, deal_out, job_of, jobs_of
 from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import nearest
+from npllama.kernels.simd_halves import halves_at, inner_halves, store_halves
 from npllama.kernels.simd_quantised import load_one_byte
 from npllama.kernels.simd_sums import inner_lines, no_sums, store_sums, store_totals, sums_at
 from npllama.kernels.subroutines import subroutine
@@ -343,10 +344,40 @@ def _add(
     sums: int,
 ) -> None:
     """Do `_add_band` for literally so many sums and rows, and a literal kind."""
-    tile = sums_at(sums, n_sums)
+    x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
+    if WIDE:
+        tile = sums_at(sums, n_sums)
+        for n in range(n_lines):
+            for row in range(n_rows):
+                simd.prefetch(coming + row * coming_pitch, _LINE * n)
+            tile = inner_lines(tile, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
+        store_sums(sums, tile)
+    else:
+        _add_half(n_sums, n_rows, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums, True)
+        half = _LINE // 2
+        _add_half(n_sums, n_rows, kind, rows + half, pitch, x + half, n_lines, coming, coming_pitch, sums + half, False)
+
+
+@subroutine(inline=True)
+def _add_half(
+    n_sums: int,
+    n_rows: int,
+    kind: int,
+    rows: int,
+    pitch: int,
+    x: int,
+    n_lines: int,
+    coming: int,
+    coming_pitch: int,
+    sums: int,
+    fetches: bool,
+) -> None:
+    """Do `_add` for one half of all lines, see `npllama.kernels.simd_halves`."""
+    halves = halves_at(sums, n_sums)
     x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
     for n in range(n_lines):
-        for row in range(n_rows):
-            simd.prefetch(coming + row * coming_pitch, _LINE * n)
-        tile = inner_lines(tile, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
-    store_sums(sums, tile)
+        if fetches:
+            for row in range(n_rows):
+                simd.prefetch(coming + row * coming_pitch, _LINE * n)
+        halves = inner_halves(halves, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
+    store_halves(sums, halves)
