@@ -14,10 +14,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from npllama.kernels.llvm import FLOATS, WORD, call, intrinsic
-from npllama.kernels.simd_sums import apart, load
-
-_tuple: Any = types.UniTuple
+from npllama.kernels.llvm import FLOAT_VECTOR, FLOATS, WORD, call, intrinsic
+from npllama.kernels.simd_sums import _at, _halves, _tuple, apart, load
 
 _LINE, _LANES = 64, 8
 _FLOATS, _INTS = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(WORD, _LANES)
@@ -41,8 +39,7 @@ def store_halves(context: Any, address: Any, halves: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for i, half in enumerate(_unpacked(builder, halves, arguments[1])):
-            place = builder.add(arguments[0], ir.Constant(arguments[0].type, _LINE * i))
-            builder.store(half, builder.inttoptr(place, _FLOATS.as_pointer()), align=1)
+            builder.store(half, _at(builder, arguments[0], _LINE * i, _FLOATS), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, halves), code
@@ -70,9 +67,10 @@ def inner_halves(context: Any, halves: Any, rows: Any, kind: Any, weights: Any, 
             if kind_of == 0:
                 pairs = [(lines[row], words(x, token))]
             elif kind_of == 1:
-                pairs = [*zip(_parts(builder, lines[row]), (words(x, 2 * token), words(x, 2 * token + 1)), strict=True)]
+                numbers = words(x, 2 * token), words(x, 2 * token + 1)
+                pairs = [*zip(_halves(builder, lines[row]), numbers, strict=True)]
             else:
-                both = _parts(builder, lines[row]), _parts(builder, words(x, token))
+                both = _halves(builder, lines[row]), _halves(builder, words(x, token))
                 pairs = [*zip(*both, strict=True)][::-1]
             for pair in pairs:
                 factors = (builder.bitcast(vector, _FLOATS) for vector in pair)
@@ -83,19 +81,22 @@ def inner_halves(context: Any, halves: Any, rows: Any, kind: Any, weights: Any, 
     return halves(halves, rows, kind, *[types.int64] * 3), code
 
 
-def _parts(builder: Any, words: Any) -> tuple[Any, Any]:
-    """Return the lower and the upper bfloat16 of words, as the bits of float32."""
-    lower = builder.shl(words, ir.Constant(_INTS, [16] * _LANES))
-    return lower, builder.and_(words, ir.Constant(_INTS, [-65536] * _LANES))
+def half_of(builder: Any, vector: Any, half: int) -> Any:
+    """Return eight lanes of a vector of float32, the first or the last ones."""
+    lanes = ir.Constant(_INTS, [*range(_LANES * half, _LANES * (half + 1))])
+    return builder.shuffle_vector(vector, ir.Constant(FLOAT_VECTOR, ir.Undefined), lanes)
+
+
+def joined(builder: Any, first: Any, last: Any) -> Any:
+    """Return the vector of two halves."""
+    return builder.shuffle_vector(first, last, ir.Constant(ir.VectorType(WORD, 2 * _LANES), [*range(2 * _LANES)]))
 
 
 def _packed(context: Any, builder: Any, kind: Any, halves: list[Any]) -> Any:
-    both = ir.Constant(ir.VectorType(WORD, 2 * _LANES), [*range(2 * _LANES)])
-    vectors = [builder.shuffle_vector(*halves[i : i + 2], both) for i in range(0, len(halves), 2)]
+    vectors = [joined(builder, *halves[i : i + 2]) for i in range(0, len(halves), 2)]
     return context.make_tuple(builder, kind, vectors)
 
 
 def _unpacked(builder: Any, kind: Any, tile: Any) -> list[Any]:
-    places = [ir.Constant(_INTS, [*range(first, first + _LANES)]) for first in (0, _LANES)]
     vectors = [builder.extract_value(tile, i) for i in range(kind.count)]
-    return [builder.shuffle_vector(vector, vector, place) for vector in vectors for place in places]
+    return [half_of(builder, vector, half) for vector in vectors for half in range(2)]

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 
 from npllama.kernels.byte_tokens import LINES_OF_INT4, LINES_OF_INT8, NIBBLES
-from npllama.kernels.llvm import BYTE, FLOAT_VECTOR, WORD, call, splat
+from npllama.kernels.llvm import BYTE, WORD, call, splat
+from npllama.kernels.simd_halves import half_of, joined
 from npllama.kernels.simd_sums import apart, load
 
 _LANES = 8
@@ -55,13 +56,10 @@ def added(context: Any, builder: Any, kind: Any, n_rows: int, arguments: Any, ho
         for (row, half, token), total in zip(some, totals, strict=True):
             place = apart(builder, factors, pitch, row * n_tokens)
             factor = splat(builder, load(builder, place, 4 * (half % how.n_factors), ir.FloatType()), _LANES)
-            so_far = _half(builder, builder.extract_value(tile, row * n_tokens + token), half)
+            so_far = half_of(builder, builder.extract_value(tile, row * n_tokens + token), half)
             sums[row, half, token] = call(builder, "llvm.fma.v8f32", _HALF, total, factor, so_far)
-    both = ir.Constant(ir.VectorType(WORD, 2 * _LANES), [*range(2 * _LANES)])
     changed = [
-        builder.shuffle_vector(sums[row, 0, token], sums[row, 1, token], both)
-        for row in range(n_rows)
-        for token in range(n_tokens)
+        joined(builder, sums[row, 0, token], sums[row, 1, token]) for row in range(n_rows) for token in range(n_tokens)
     ]
     return context.make_tuple(builder, kind, changed)
 
@@ -82,11 +80,6 @@ def _products(builder: Any, cells: Iterable[Any], places: list[Any], x: Any, how
             factors = found[row, half], number(token, part, half)
             totals[row, half, token] = call(builder, "llvm.fma.v8f32", _HALF, *factors, total)
     return [*totals.values()]
-
-
-def _half(builder: Any, vector: Any, half: int) -> Any:
-    lanes = ir.Constant(_INTEGERS, [*range(_LANES * half, _LANES * (half + 1))])
-    return builder.shuffle_vector(vector, ir.Constant(FLOAT_VECTOR, ir.Undefined), lanes)
 
 
 def _int8_at(builder: Any, place: Any, number: int, half: int) -> Any:

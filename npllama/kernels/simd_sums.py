@@ -315,8 +315,8 @@ def _add_pair_in_two(builder: Any, total: Any, weights: Any, pair: Any) -> Any:
 
 def _halves(builder: Any, words: Any) -> list[Any]:
     """Return the lower and the upper bfloat16 of words, as the bits of float32."""
-    lower = builder.shl(words, ir.Constant(INT_VECTOR, [16] * 16))
-    return [lower, builder.and_(words, ir.Constant(INT_VECTOR, [-65536] * 16))]
+    lower = builder.shl(words, ir.Constant(words.type, [16] * words.type.count))
+    return [lower, builder.and_(words, ir.Constant(words.type, [-65536] * words.type.count))]
 
 
 @intrinsic

@@ -11,7 +11,8 @@ early; only a token too wide for the first-level cache is not taken again for ev
 meet a **band** of rows at once (`npllama.kernels.simd_sums`), so that a number which was loaded is multiplied several
 times. Sixteen rows are a **block**. Tokens pass by it in **parties** of eight at most, a **chunk** of them after the
 other that stays in the first-level cache; between chunks the sums wait in memory. Meanwhile what comes next is fetched:
-the rows' next chunk, or the next band.
+the rows' next chunk, or the next band. Narrow registers hold no more than halves of the sums of several tokens: there,
+a chunk meets the first half of each line of a band, and then the other one (`npllama.kernels.simd_halves`).
 
 A number of the output is one sum in one order, whatever the threads, the other rows and tokens.
 """
@@ -55,7 +56,7 @@ _EARLY = 1 << 14
 _NARROW = 4096
 #: Sums of a band of several tokens, and rows of a band: of one token, four and eight.
 _SUMS = 16 if WIDE else 8
-_ROWS_OF_ONE, _ROWS_OF_FOUR, _ROWS_OF_EIGHT = 8, _SUMS // 4, _SUMS // 8
+_ROWS_OF_ONE, _ROWS_OF_FOUR, _ROWS_OF_EIGHT = 8 if WIDE else 4, _SUMS // 4, _SUMS // 8
 #: Numbers of tokens that rows are multiplied with.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
 
@@ -109,6 +110,12 @@ def item_bytes(kind: int) -> int:
 def _vectors_of(kind: int) -> int:
     """Return how many vectors a line of weights meets in a token."""
     return 2 if kind == HALVES else 1
+
+
+@subroutine(inline=True)
+def _part_of(count: int) -> int:
+    """Return how many bytes of a line meet so many tokens at a time."""
+    return _LINE if WIDE or count == _ONE else _LINE // 2
 
 
 @compiled()
@@ -281,9 +288,13 @@ def _multiply_bands(
             elif chunks == 1:
                 coming, coming_pitch = (column + band * pitch, pitch) if r + band < BLOCK else (ahead, ahead_row)
             at, to = x + start * x_line, sums + r * count * _LINE
-            _add_band(column, pitch, kind, at, count, stop - start, coming, coming_pitch, to)
+            for part in range(0, _LINE, _part_of(count)):
+                here = column + part
+                _add_band(here, pitch, kind, at + part, count, stop - start, coming, coming_pitch, to + part)
     for r in range(0, BLOCK if last > 0 else 0, band):
-        _add_band(last + r * _LINE, _LINE, kind, x + whole * x_line, count, 1, last, 0, sums + r * count * _LINE)
+        for part in range(0, _LINE, _part_of(count)):
+            here, at, to = last + r * _LINE + part, x + whole * x_line + part, sums + r * count * _LINE + part
+            _add_band(here, _LINE, kind, at, count, 1, last, 0, to)
     for r in range(0, BLOCK * count, _SUMS):
         store_totals(totals + 4 * r, sums_at(sums + r * _LINE, _SUMS))
 
@@ -308,7 +319,7 @@ def _last_lines(rows: int, pitch: int, whole: int, room: Array) -> Any:
 def _add_band(
     rows: int, pitch: int, kind: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
 ) -> None:
-    """Add so many lines of a band to its sums; fetch as many of the rows that come meanwhile."""
+    """Add so many lines of a band, or a part of each, to its sums; fetch as many of the rows that come meanwhile."""
     if kind == PAIRS:
         _add_to(PAIRS, rows, pitch, x, count, n_lines, coming, coming_pitch, sums)
     elif kind == HALVES:
@@ -317,67 +328,45 @@ def _add_band(
         _add_to(FLOATS, rows, pitch, x, count, n_lines, coming, coming_pitch, sums)
 
 
+def _adding(sums_from: Any, inner: Any, sums_to: Any) -> Any:
+    """Return what does `_add_band` for literally so many sums and rows, and a literal kind, by certain instructions."""
+
+    @subroutine(inline=True)
+    def add(
+        n_sums: int,
+        n_rows: int,
+        kind: int,
+        rows: int,
+        pitch: int,
+        x: int,
+        n_lines: int,
+        coming: int,
+        coming_pitch: int,
+        sums: int,
+    ) -> None:
+        tile = sums_from(sums, n_sums)
+        x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
+        for n in range(n_lines):
+            for row in range(n_rows):
+                simd.prefetch(coming + row * coming_pitch, _LINE * n)
+            tile = inner(tile, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
+        sums_to(sums, tile)
+
+    return add
+
+
+_add_of_one = _adding(sums_at, inner_lines, store_sums)
+_add = _add_of_one if WIDE else _adding(halves_at, inner_halves, store_halves)
+
+
 @subroutine(inline=True)
 def _add_to(
     kind: int, rows: int, pitch: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
 ) -> None:
     """Do `_add_band` for a literal kind."""
     if count == _ONE:
-        _add(_ROWS_OF_ONE, _ROWS_OF_ONE, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+        _add_of_one(_ROWS_OF_ONE, _ROWS_OF_ONE, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     elif count == _FOUR:
         _add(_SUMS, _ROWS_OF_FOUR, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     else:
         _add(_SUMS, _ROWS_OF_EIGHT, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
-
-
-@subroutine(inline=True)
-def _add(
-    n_sums: int,
-    n_rows: int,
-    kind: int,
-    rows: int,
-    pitch: int,
-    x: int,
-    n_lines: int,
-    coming: int,
-    coming_pitch: int,
-    sums: int,
-) -> None:
-    """Do `_add_band` for literally so many sums and rows, and a literal kind."""
-    x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
-    if WIDE:
-        tile = sums_at(sums, n_sums)
-        for n in range(n_lines):
-            for row in range(n_rows):
-                simd.prefetch(coming + row * coming_pitch, _LINE * n)
-            tile = inner_lines(tile, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
-        store_sums(sums, tile)
-    else:
-        _add_half(n_sums, n_rows, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums, True)
-        half = _LINE // 2
-        _add_half(n_sums, n_rows, kind, rows + half, pitch, x + half, n_lines, coming, coming_pitch, sums + half, False)
-
-
-@subroutine(inline=True)
-def _add_half(
-    n_sums: int,
-    n_rows: int,
-    kind: int,
-    rows: int,
-    pitch: int,
-    x: int,
-    n_lines: int,
-    coming: int,
-    coming_pitch: int,
-    sums: int,
-    fetches: bool,
-) -> None:
-    """Do `_add` for one half of all lines, see `npllama.kernels.simd_halves`."""
-    halves = halves_at(sums, n_sums)
-    x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
-    for n in range(n_lines):
-        if fetches:
-            for row in range(n_rows):
-                simd.prefetch(coming + row * coming_pitch, _LINE * n)
-        halves = inner_halves(halves, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
-    store_halves(sums, halves)

@@ -76,7 +76,7 @@ def test_threads_do_not_change_a_byte(dtype: str, monkeypatch: pytest.MonkeyPatc
 
 def in_reverse(x: Array, work: Callable[[int, int], None]) -> None:
     """Do every tile by itself, the last one first."""
-    for tile in reversed(range(-(-len(x) // 64) * x.shape[1])):
+    for tile in reversed(range(-(-len(x) // fits._ROWS) * x.shape[1])):
         work(tile, tile + 1)
 
 
