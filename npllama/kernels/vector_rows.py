@@ -57,6 +57,8 @@ _NARROW = 4096
 #: Sums of a band of several tokens, and rows of a band: of one token, four and eight.
 _SUMS = 16 if WIDE else 8
 _ROWS_OF_ONE, _ROWS_OF_FOUR, _ROWS_OF_EIGHT = 8 if WIDE else 4, _SUMS // 4, _SUMS // 8
+#: What begins, adds to and ends the sums of a band of several tokens, for the part of a line that they meet at a time.
+_PARTS_AT, _INNER, _STORE = (sums_at, inner_lines, store_sums) if WIDE else (halves_at, inner_halves, store_halves)
 #: Numbers of tokens that rows are multiplied with.
 _ONE, _FOUR, _EIGHT = 1, 4, 8
 
@@ -328,45 +330,41 @@ def _add_band(
         _add_to(FLOATS, rows, pitch, x, count, n_lines, coming, coming_pitch, sums)
 
 
-def _adding(sums_from: Any, inner: Any, sums_to: Any) -> Any:
-    """Return what does `_add_band` for literally so many sums and rows, and a literal kind, by certain instructions."""
-
-    @subroutine(inline=True)
-    def add(
-        n_sums: int,
-        n_rows: int,
-        kind: int,
-        rows: int,
-        pitch: int,
-        x: int,
-        n_lines: int,
-        coming: int,
-        coming_pitch: int,
-        sums: int,
-    ) -> None:
-        tile = sums_from(sums, n_sums)
-        x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
-        for n in range(n_lines):
-            for row in range(n_rows):
-                simd.prefetch(coming + row * coming_pitch, _LINE * n)
-            tile = inner(tile, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
-        sums_to(sums, tile)
-
-    return add
-
-
-_add_of_one = _adding(sums_at, inner_lines, store_sums)
-_add = _add_of_one if WIDE else _adding(halves_at, inner_halves, store_halves)
-
-
 @subroutine(inline=True)
 def _add_to(
     kind: int, rows: int, pitch: int, x: int, count: int, n_lines: int, coming: int, coming_pitch: int, sums: int
 ) -> None:
     """Do `_add_band` for a literal kind."""
+    one, four, eight = _ROWS_OF_ONE, _ROWS_OF_FOUR, _ROWS_OF_EIGHT
     if count == _ONE:
-        _add_of_one(_ROWS_OF_ONE, _ROWS_OF_ONE, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+        _add(sums_at, inner_lines, store_sums, one, one, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     elif count == _FOUR:
-        _add(_SUMS, _ROWS_OF_FOUR, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+        _add(_PARTS_AT, _INNER, _STORE, _SUMS, four, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
     else:
-        _add(_SUMS, _ROWS_OF_EIGHT, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+        _add(_PARTS_AT, _INNER, _STORE, _SUMS, eight, kind, rows, pitch, x, n_lines, coming, coming_pitch, sums)
+
+
+@subroutine(inline=True)
+def _add(
+    sums_from: Any,
+    inner: Any,
+    sums_to: Any,
+    n_sums: int,
+    n_rows: int,
+    kind: int,
+    rows: int,
+    pitch: int,
+    x: int,
+    n_lines: int,
+    coming: int,
+    coming_pitch: int,
+    sums: int,
+) -> None:
+    """Do `_add_band` for literally so many sums and rows, and a literal kind, by three instructions on sums."""
+    tile = sums_from(sums, n_sums)
+    x_line = n_sums // n_rows * _vectors_of(kind) * _LINE
+    for n in range(n_lines):
+        for row in range(n_rows):
+            simd.prefetch(coming + row * coming_pitch, _LINE * n)
+        tile = inner(tile, n_rows, kind, rows + _LINE * n, pitch, x + x_line * n)
+    sums_to(sums, tile)
