@@ -39,19 +39,11 @@ from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, deal
 from npllama.kernels.llvm import DOTS
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded_tokens import PARTY, group_bytes, integers_bytes, numbers_pitch, round_tokens, tokens_bytes
+from npllama.kernels.simd_blocks import add_stepped, add_to_memory, outer_floats
 from npllama.kernels.simd_columns import add_bytes, add_nibbles, add_turned_nibbles, columns_at
 from npllama.kernels.simd_groups import add_first_to_memory, add_row, products_of_bytes, products_of_nibbles
 from npllama.kernels.simd_quantised import load_floats, load_integers
-from npllama.kernels.simd_sums import (
-    add_stepped,
-    add_to_memory,
-    first_sums,
-    no_sums,
-    outer_floats,
-    store_sums,
-    store_totals,
-    sums_at,
-)
+from npllama.kernels.simd_sums import first_sums, no_sums, store_sums, store_totals, sums_at
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_rows import tokens_of
 from npllama.kernels.vector_squares import (
@@ -255,11 +247,11 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
                 factors = block.factors + WEIGHT_LINES * g
                 tile = first_sums(x + steps + pitch, count)
                 tile = add_nibbles(tile, rows, apart, x) if block.is_int4 else add_bytes(tile, rows, apart, x)
-                totals = add_stepped(totals, tile, load_floats(factors, SCALE), x + steps)
+                totals = add_stepped(totals, tile, (load_floats(factors, SCALE),), x + steps)
                 if block.is_int4:
-                    totals = outer_floats(totals, factors + MIDDLE, x + steps + 2 * pitch)
+                    totals = outer_floats(totals, (load_floats(factors, MIDDLE),), x + steps + 2 * pitch)
                 rows, x = rows + LINE // per_line, x + group_bytes(count, block.is_int4)
-        add_to_memory(block.sums, totals)
+        add_to_memory(block.sums, 0, count, totals)
 
 
 @subroutine()
@@ -280,6 +272,7 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
         rows, apart = _in_other_places(block.rows.data + size * start, size * block.groups, size * per_chunk, copies)
         for g in range(start, stop):
             factors = block.factors + WEIGHT_LINES * g
+            scales, middles = (load_floats(factors, SCALE),), (load_floats(factors, MIDDLE),)
             for line in range(0, BLOCK * size, LINE):
                 simd.prefetch(block.ahead.data + BLOCK * size * g, line)
             _turn(rows, apart, columns)
@@ -288,12 +281,12 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
                 tile = first_sums(numbers + pitch, _FOUR)
                 for piece in range(_PIECES):
                     tile = add_turned_nibbles(tile, columns + _COLUMNS * piece, x + LINE * t + _PIECE * piece)
-                totals = add_stepped(sums_at(chunk + LINE * t, _FOUR), tile, load_floats(factors, SCALE), numbers)
-                totals = outer_floats(totals, factors + MIDDLE, numbers + 2 * pitch)
+                totals = add_stepped(sums_at(chunk + LINE * t, _FOUR), tile, scales, numbers)
+                totals = outer_floats(totals, middles, numbers + 2 * pitch)
                 store_sums(chunk + LINE * t, totals)
             rows, x = rows + size, x + group_bytes(count, True)
         for t in range(0, count, _FOUR):
-            add_to_memory(block.sums + LINE * t, sums_at(chunk + LINE * t, _FOUR))
+            add_to_memory(block.sums + LINE * t, 0, _FOUR, sums_at(chunk + LINE * t, _FOUR))
 
 
 @subroutine(inline=True)
@@ -380,11 +373,11 @@ def _multiply_one(block: Block, x: int) -> None:
                 simd.transpose(block.lines, LINE * g, LINE, block.lines, LINE * g, LINE)
             factors = block.factors + WEIGHT_LINES * g
             tile = (simd.add(first_sums(x + steps + pitch, _ONE)[0], load_integers(block.lines, LINE * g)),)
-            totals = add_stepped(totals, tile, load_floats(factors, SCALE), x + steps)
+            totals = add_stepped(totals, tile, (load_floats(factors, SCALE),), x + steps)
             if block.is_int4:
-                totals = outer_floats(totals, factors + MIDDLE, x + steps + 2 * pitch)
+                totals = outer_floats(totals, (load_floats(factors, MIDDLE),), x + steps + 2 * pitch)
             x += group_bytes(_ONE, block.is_int4)
-        add_to_memory(block.sums, totals)
+        add_to_memory(block.sums, 0, _ONE, totals)
 
 
 @subroutine(inline=True)

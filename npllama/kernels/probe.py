@@ -22,17 +22,11 @@ from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
 from npllama.kernels.llvm import DOTS, WIDE
 from npllama.kernels.simd import add, add_lanes, broadcast, fused_multiply_add
-from npllama.kernels.simd_sums import (
-    first_sums,
-    no_sums,
-    outer_bytes,
-    outer_nibbles,
-    outer_pairs,
-    outer_words,
-    store_sums,
-)
+from npllama.kernels.simd_blocks import outer_bytes, outer_nibbles, outer_pairs, outer_words, vectors_at
+from npllama.kernels.simd_sums import first_sums, no_sums, store_sums
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import tile_shapes
+from npllama.kernels.vector_squares import BLOCKS
 
 _Clock: TypeAlias = Callable[[], float]
 
@@ -306,7 +300,7 @@ def _add_pairs(lines: Array, rounds: int, sums: Array) -> None:
     at, tile = np.int64(lines.ctypes.data), no_sums(_SUMS_OF_WORDS)
     for i in range(rounds):
         line = _line(at, i)
-        tile = outer_pairs(tile, line, line)
+        tile = outer_pairs(tile, vectors_at(line, _LINE_BYTES, BLOCKS), line)
     store_sums(np.int64(sums.ctypes.data), tile)
 
 
@@ -316,7 +310,7 @@ def _add_shorts(lines: Array, rounds: int, sums: Array) -> None:
     tile = first_sums(at, _SUMS_OF_WORDS)
     for i in range(rounds):
         line = _line(at, i)
-        tile = outer_words(tile, line, line)
+        tile = outer_words(tile, vectors_at(line, _LINE_BYTES, BLOCKS), line)
     store_sums(np.int64(sums.ctypes.data), tile)
 
 
@@ -326,7 +320,7 @@ def _add_bytes(lines: Array, rounds: int, sums: Array) -> None:
     tile = first_sums(at, _SUMS_OF_WORDS)
     for i in range(rounds):
         line = _line(at, i)
-        tile = outer_bytes(tile, line, line)
+        tile = outer_bytes(tile, vectors_at(line, _LINE_BYTES, BLOCKS), line)
     store_sums(np.int64(sums.ctypes.data), tile)
 
 

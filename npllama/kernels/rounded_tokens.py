@@ -19,6 +19,7 @@ from npllama.kernels.jit import compiled
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.llvm import DOTS
 from npllama.kernels.rounded import int8_lanes
+from npllama.kernels.simd_blocks import NOTHING
 from npllama.kernels.simd_groups import widen_bytes
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_rows import tokens_of
@@ -84,6 +85,6 @@ def round_tokens(x: Array, is_int4: bool, room: Array) -> None:
             if are_shorts:
                 widen_bytes(place + line)
             simd.store_one(place, here, step)
-            simd.store_one(place, here + pitch, np.int32(0 if are_shorts else -too_large * total))
+            simd.store_one(place, here + pitch, np.int32(NOTHING - (0 if are_shorts else too_large * total)))
             simd.store_one(place, here + 2 * pitch, np.float32(total) * step)
             place += group_bytes(count, is_int4)

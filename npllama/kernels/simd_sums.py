@@ -4,9 +4,8 @@ Sums are a tuple of vectors (see `npllama.kernels.simd`), as many as a literal s
 as long as the processor has enough, 32 of 512 bits or 16 of 256; that is what lets a number that was loaded once be
 multiplied several times. Places in memory are addresses (int64). Nothing is checked.
 
-Of sixteen outputs of one token after another a **column** is a vector: its lanes are rows of a matrix, and each number
-of the input meets all of them (`outer_floats` and its kin). Of rows times tokens whose lanes are parts of one sum, to
-be added up at the end, each vector of the input meets some rows (`inner_lines`).
+What lanes are is up to who adds. Here each vector of the input meets some rows, and lanes are parts of one sum, to be
+added up at the end (`inner_lines`). In `npllama.kernels.simd_blocks` they are rows.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from numba import types
 from npllama.kernels.features import host_features
 from npllama.kernels.llvm import (
     BFLOAT_VECTOR,
-    BYTE_VECTOR,
     FLOAT_VECTOR,
     FLOATS,
     INT_VECTOR,
@@ -28,9 +26,6 @@ from npllama.kernels.llvm import (
     LONG,
     WORD,
     call,
-    dots_of_bytes,
-    dots_of_nibbles,
-    dots_of_shorts,
     intrinsic,
     lanes_added,
     splat,
@@ -129,114 +124,6 @@ def stream(context: Any, address: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def add_to_memory(context: Any, address: Any, sums: Any) -> Any:
-    """``add_to_memory(address, sums)``: add float32 sums to as many vectors there. VADDPS."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, tile = arguments
-        for i in range(sums.count):
-            place = _at(builder, address, _LINE * i, FLOAT_VECTOR)
-            total = builder.fadd(builder.load(place, align=1), builder.extract_value(tile, i))
-            builder.store(total, place, align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, sums), code
-
-
-@intrinsic
-def add_scaled_to_memory(context: Any, address: Any, sums: Any, scale: Any) -> Any:
-    """``add_scaled_to_memory(address, sums, scale)``: add float32 sums times a vector. VFMADD231PS."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, tile, scale = arguments
-        for i in range(sums.count):
-            place = _at(builder, address, _LINE * i, FLOAT_VECTOR)
-            total = builder.load(place, align=1)
-            total = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, builder.extract_value(tile, i), scale, total)
-            builder.store(total, place, align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, sums, FLOATS), code
-
-
-@intrinsic
-def add_stepped(context: Any, totals: Any, sums: Any, scale: Any, steps: Any) -> Any:
-    """``add_stepped(totals, sums, scale, steps)``: ``total + scale · sum · step`` of float32 totals and int32 sums.
-
-    The scale is a vector, the step one float32 for each sum, at an address. VCVTDQ2PS, VMULPS, VFMADD231PS.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        so_far, tile, scale, steps = arguments
-
-        def change(i: int, total: Any) -> Any:
-            scaled = builder.fmul(builder.sitofp(builder.extract_value(tile, i), FLOAT_VECTOR), scale)
-            return call(
-                builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, load_splat(builder, steps, i, ir.FloatType()), total
-            )
-
-        return _changed(context, builder, totals, so_far, change)
-
-    return totals(totals, sums, FLOATS, types.int64), code
-
-
-@intrinsic
-def at_next_place(context: Any, sums: Any, numbers: Any) -> Any:
-    """``at_next_place(sums, numbers)``: ``256 · sum + number`` of int32, the numbers at an address. VPSLLD, VPADDD."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, numbers = arguments
-
-        def change(i: int, total: Any) -> Any:
-            shifted = builder.shl(total, ir.Constant(INT_VECTOR, [8] * 16))
-            return builder.add(shifted, load_splat(builder, numbers, i, WORD))
-
-        return _changed(context, builder, sums, tile, change)
-
-    return sums(sums, types.int64), code
-
-
-@intrinsic
-def add_digits(context: Any, totals: Any, high: Any, lower: Any, scale: Any, steps: Any) -> Any:
-    """``add_digits(totals, high, lower, scale, steps)``: `add_stepped` with ``65536 · high + lower`` for the sum.
-
-    VCVTDQ2PS, VFMADD231PS, VMULPS.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        so_far, high, lower, scale, steps = arguments
-        place = ir.Constant(FLOAT_VECTOR, [65536.0] * 16)
-
-        def change(i: int, total: Any) -> Any:
-            upper, rest = (builder.sitofp(builder.extract_value(tile, i), FLOAT_VECTOR) for tile in (high, lower))
-            scaled = builder.fmul(call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, upper, place, rest), scale)
-            step = load_splat(builder, steps, i, ir.FloatType())
-            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, step, total)
-
-        return _changed(context, builder, totals, so_far, change)
-
-    return totals(totals, high, lower, FLOATS, types.int64), code
-
-
-@intrinsic
-def add_outer_to_memory(context: Any, address: Any, vector: Any, numbers: Any) -> Any:
-    """``add_outer_to_memory(address, vector, numbers)``: add a vector times each of 16 numbers to 16 vectors there.
-
-    The numbers are float32 at an address. VFMADD231PS.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, vector, numbers = arguments
-        for i in range(16):
-            place = _at(builder, address, _LINE * i, FLOAT_VECTOR)
-            number, total = load_splat(builder, numbers, i, ir.FloatType()), builder.load(place, align=1)
-            builder.store(call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, vector, number, total), place, align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, FLOATS, types.int64), code
-
-
-@intrinsic
 def store_totals(context: Any, address: Any, sums: Any) -> Any:
     """``store_totals(address, sums)``: write the sum of each vector's lanes, of 1, 2, 4, 8 or 16 float32 or int32.
 
@@ -254,46 +141,12 @@ def store_totals(context: Any, address: Any, sums: Any) -> Any:
     return types.void(types.int64, sums), code
 
 
-# --- outer products: a vector of weights, a number of each token ------------------------------------------------
-
-
-def _outer(kind: Any, add: Callable[[Any, Any, Any, Any], Any]) -> Any:
-    """Return the signature and code of ``sums[i] + weights · word i of the input``, as ``add`` says."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, weights, x = arguments
-        vector = load(builder, weights, 0, INT_VECTOR)
-
-        def change(i: int, total: Any) -> Any:
-            return add(builder, total, vector, load_splat(builder, x, i, WORD))
-
-        return _changed(context, builder, kind, sums, change)
-
-    return kind(kind, types.int64, types.int64), code
-
-
-@intrinsic
-def outer_floats(context: Any, sums: Any, weights: Any, x: Any) -> Any:
-    """``outer_floats(sums, weights, x)``: add sixteen float32 at one address times each number at the other.
-
-    VFMADD231PS.
-    """
-    return _outer(sums, _add_floats)
+# --- what products are added by ---------------------------------------------------------------------------------
 
 
 def _add_floats(builder: Any, total: Any, weights: Any, numbers: Any) -> Any:
     factors = (builder.bitcast(vector, FLOAT_VECTOR) for vector in (weights, numbers))
     return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, *factors, total)
-
-
-@intrinsic
-def outer_pairs(context: Any, sums: Any, weights: Any, x: Any) -> Any:
-    """``outer_pairs(sums, weights, x)``: the same with pairs of bfloat16 for numbers. VDPBF16PS.
-
-    The products of a pair are added to the sum one after the other, the upper one first, each rounded to float32.
-    Numbers below 2**-126 may count as zero: a processor without the instruction keeps them.
-    """
-    return _outer(sums, _pair_adder())
 
 
 def _pair_adder() -> Callable[[Any, Any, Any, Any], Any]:
@@ -317,38 +170,6 @@ def _halves(builder: Any, words: Any) -> list[Any]:
     """Return the lower and the upper bfloat16 of words, as the bits of float32."""
     lower = builder.shl(words, ir.Constant(words.type, [16] * words.type.count))
     return [lower, builder.and_(words, ir.Constant(words.type, [-65536] * words.type.count))]
-
-
-@intrinsic
-def outer_bytes(context: Any, sums: Any, weights: Any, x: Any) -> Any:
-    """``outer_bytes(sums, weights, x)``: the same with four uint8 weights and int8 for a number. VPDPBUSD."""
-    return _outer(sums, dots_of_bytes)
-
-
-@intrinsic
-def outer_words(context: Any, sums: Any, weights: Any, x: Any) -> Any:
-    """``outer_words(sums, weights, x)``: the same with pairs of int16 for numbers. VPMADDWD, VPADDD."""
-    return _outer(sums, dots_of_shorts)
-
-
-@intrinsic
-def outer_nibbles(context: Any, sums: Any, weights: Any, x: Any) -> Any:
-    """``outer_nibbles(sums, weights, x)``: what `outer_bytes` does to eight lines, with weights of 4 bits.
-
-    Sums of sixteen products fit into 16 bits. VPMADDUBSW, VPADDW, VPMADDWD.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile, weights, x = arguments
-        lines = [load(builder, weights, _LINE * i, BYTE_VECTOR) for i in range(8)]
-
-        def change(i: int, total: Any) -> Any:
-            words = [load_splat(builder, x, 16 * line + i, WORD) for line in range(8)]
-            return dots_of_nibbles(builder, total, lines, words)
-
-        return _changed(context, builder, sums, tile, change)
-
-    return sums(sums, *[types.int64] * 2), code
 
 
 # --- inner products: a vector of some rows, a vector of each token ----------------------------------------------

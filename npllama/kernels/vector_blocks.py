@@ -2,7 +2,9 @@
 
 The work is cut into **squares**: 16 rows of a matrix or 16 tokens of the input, by 16 words of 32 bits of each. A
 square of the one meets a square of the other in sixteen vectors of sums, a token each, whose lanes are the rows
-(`npllama.kernels.simd_sums`). For that both are laid out word by word: a square is turned.
+(`npllama.kernels.simd_sums`). For that both are laid out word by word: a square is turned. As many sums as registers
+hold are added to at a time: those of some tokens, of two squares of rows where registers are wide. A processor adds two
+products in the time that it takes to load two words, and so each word of a token must be used twice.
 
 `npllama.kernels.vector_squares` says what a word is, by the **kind** of the product: one float32, a pair of bfloat16 or
 of int16, or four int8. Where what enters are integers, and for pairs of bfloat16, integer weights stay integers. The
@@ -44,26 +46,26 @@ from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, coun
 from npllama.kernels.llvm import DOTS, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
-from npllama.kernels.simd_quantised import load_floats
-from npllama.kernels.simd_sums import (
+from npllama.kernels.simd_blocks import (
     add_digits,
     add_outer_to_memory,
     add_scaled_to_memory,
     add_stepped,
     add_to_memory,
     at_next_place,
-    first_sums,
-    no_sums,
     outer_bytes,
     outer_floats,
     outer_nibbles,
     outer_pairs,
     outer_words,
-    stream,
+    repeated,
+    vectors_at,
 )
+from npllama.kernels.simd_sums import first_sums, no_sums, store_sums, stream, sums_at
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.vector_squares import (
     BEGIN,
+    BLOCKS,
     BYTES,
     DIGITS,
     FLOATS,
@@ -92,8 +94,9 @@ from npllama.kernels.vector_squares import (
     weight_bytes,
 )
 
-#: Tokens of a panel whose sums are in registers at a time: where there are sums of one kind, or of two.
-_MOST, _FEWER = (16, 8) if WIDE else (4, 4)
+#: Tokens of a panel whose sums are in registers at a time, and how many sums these are: where there are some of one
+#: kind. Tokens where there are sums of three kinds.
+_MOST, _TILE, _FEWER = (8, 16, 4) if WIDE else (4, 4, 4)
 _SUMS = SIDE * SIDE  # of a block and a panel
 #: Counters: fields and panels that were taken, panels that are laid out.
 _FIELDS, _PANELS, _PACKED = range(3)
@@ -113,6 +116,19 @@ class Chunk(NamedTuple):
     end: int
     start: int
     stop: int
+
+
+class Blocks(NamedTuple):
+    """Where the weights of some blocks are, the first one's, and its sums; how far the next one's are from these.
+
+    ``totals`` is where there is room for the sums of a panel.
+    """
+
+    weights: int
+    pitch: int
+    sums: int
+    sums_pitch: int
+    totals: int
 
 
 def multiply(
@@ -142,7 +158,7 @@ def multiply(
     together, outputs = (1, outputs) if activation is None else (2, (*outputs, *outputs))
     jobs, threads = jobs_of(weights, outputs, SIDE), numba.get_num_threads()
     blocks = int(count_blocks(jobs, SIDE))
-    fields = min(blocks // together, -(-blocks // (_FIELD * threads)) * threads)
+    fields = min(-(-blocks // max(together, BLOCKS)), -(-blocks // (_FIELD * threads)) * threads)
     form, groups = FORMS[weights[0].dtype], n_groups(width)
     task = Task(jobs, blocks, fields, form, kind, width, groups, panels, together, activation or 0)
     packed = aligned(panels * task.groups * input_bytes(kind), _BYTE)
@@ -184,11 +200,12 @@ def _take_part(task: Task, x: Array, first: int, packed: Array, counters: Array)
 @subroutine()
 def _take_fields(task: Task, packed: Array, n_new: int, first: int, counters: Array) -> None:
     """Multiply fields until there are none left. A field is taken as soon as its first chunk can be laid out."""
-    units = task.blocks // task.together
-    most = (units + task.fields - 1) // task.fields * task.together
+    unit = max(task.together, BLOCKS)
+    most = (_units(task) + task.fields - 1) // task.fields * unit
     chunk_bytes = chunk_groups(task.kind) * weight_bytes(task.kind)
     laid, ahead = aligned(most * chunk_bytes, packed), aligned(most * chunk_bytes, packed)
-    room, sums = aligned(8 * SQUARE, packed), aligned(most * task.panels * _SUMS, _FLOAT)
+    room, totals = aligned(8 * SQUARE, packed), aligned(BLOCKS * _SUMS, _FLOAT)
+    sums = aligned(most * task.panels * _SUMS, _FLOAT)
     chunk = _chunk_of(task, fetch_add(counters, _FIELDS, 1), 0)
     for block in range(chunk.begin, chunk.end):
         lay_out(task, block, chunk.start, chunk.stop, room, laid[(block - chunk.begin) * chunk_bytes :])
@@ -198,25 +215,40 @@ def _take_fields(task: Task, packed: Array, n_new: int, first: int, counters: Ar
             sums[:] = 0
         field, start = (fetch_add(counters, _FIELDS, 1), 0) if is_last else (chunk.field, chunk.stop)
         coming = _chunk_of(task, field, start)
-        _multiply_chunk(task, chunk, laid, coming, ahead, room, packed, sums)
+        _multiply_chunk(task, chunk, laid, coming, ahead, room, packed, sums, totals)
         if is_last:
             _deliver(task, chunk, sums, n_new, first)
         chunk, laid, ahead = coming, ahead, laid
     fetch_add(counters, _FIELDS, 0)  # what went past the caches is there for all
 
 
+@subroutine(inline=True)
+def _units(task: Task) -> int:
+    """Return how many times there are as many blocks as are multiplied together, or fewer at the end."""
+    unit = max(task.together, BLOCKS)
+    return (task.blocks + unit - 1) // unit
+
+
 @subroutine()
 def _chunk_of(task: Task, field: int, start: int) -> Chunk:
     """Return the chunk of a field that begins with the group ``start``."""
-    units, field = task.blocks // task.together, min(field, task.fields)
+    unit, units, field = max(task.together, BLOCKS), _units(task), min(field, task.fields)
     begin, end = field * units // task.fields, min(field + 1, task.fields) * units // task.fields
     stop = min(start + chunk_groups(task.kind), task.groups)
-    return Chunk(field, begin * task.together, end * task.together, start, stop)
+    return Chunk(field, begin * unit, min(end * unit, task.blocks), start, stop)
 
 
 @subroutine()
 def _multiply_chunk(
-    task: Task, chunk: Chunk, laid: Array, coming: Chunk, ahead: Array, room: Array, packed: Array, sums: Array
+    task: Task,
+    chunk: Chunk,
+    laid: Array,
+    coming: Chunk,
+    ahead: Array,
+    room: Array,
+    packed: Array,
+    sums: Array,
+    totals: Array,
 ) -> None:
     """Add to the sums of some blocks what a chunk of them comes to.
 
@@ -229,15 +261,18 @@ def _multiply_chunk(
         while SIDE * (block + 1 - coming.begin) <= fetched:
             lay_out(task, block, coming.start, coming.stop, room, ahead[(block - coming.begin) * chunk_bytes :])
             block += 1
-        for i in range(count):
-            until = rows * (panel * count + i + 1) // (task.panels * count)
+        for i in range(0, count, BLOCKS):
+            until = rows * (panel * count + min(i + BLOCKS, count)) // (task.panels * count)
             for row in range(fetched, until):
                 _fetch(task, coming, row)
             weights, place = np.int64(laid.ctypes.data) + i * chunk_bytes, tile + (i * task.panels + panel) * SQUARE
+            # a last one without another is its own, whose sums nobody reads
+            pitch = chunk_bytes if i + BLOCKS <= count else 0
+            blocks = Blocks(weights, pitch, place, task.panels * SQUARE, np.int64(totals.ctypes.data))
             if are_integers(task.form) and task.kind != FLOATS:
-                _add_integers(weights, x, chunk.stop - chunk.start, task.kind, task.form, place)
+                _add_integers(blocks, x, chunk.stop - chunk.start, task.kind, task.form)
             else:
-                _add_numbers(weights, x, chunk.stop - chunk.start, task.kind, place)
+                _add_numbers(blocks, x, chunk.stop - chunk.start, task.kind)
             fetched = until
         x += size * (chunk.stop - chunk.start)
     for late in range(block, coming.end):
@@ -259,105 +294,123 @@ def _fetch(task: Task, chunk: Chunk, row: int) -> None:
 
 
 @subroutine()
-def _add_numbers(weights: int, x: int, groups: int, kind: int, sums: int) -> None:
-    """Add some groups' products of a block and a panel to their sums, those of so many tokens at a time."""
+def _add_numbers(blocks: Blocks, x: int, groups: int, kind: int) -> None:
+    """Add some groups' products of blocks and a panel to their sums, those of so many tokens at a time."""
     for t in range(0, SIDE, _MOST):
         if WIDE and kind == PAIRS:
-            _add_groups(PAIRS, weights, x + 4 * t, groups, sums + LINE * t)
+            _add_groups(PAIRS, blocks, x + 4 * t, groups, LINE * t)
         else:
-            _add_groups(FLOATS, weights, x + 4 * t, groups, sums + LINE * t)
+            _add_groups(FLOATS, blocks, x + 4 * t, groups, LINE * t)
 
 
 @subroutine(pasted=True)
-def _add_groups(kind: int, weights: int, x: int, groups: int, sums: int) -> None:
-    """Do it for some tokens and a literal kind."""
-    tile = no_sums(_MOST)
+def _add_groups(kind: int, blocks: Blocks, x: int, groups: int, place: int) -> None:
+    """Do it for some tokens, whose sums begin at a place, and a literal kind."""
+    tile, weights = repeated(no_sums(_MOST), BLOCKS), blocks.weights
     for _ in range(groups):
-        tile = _add_words(kind, tile, weights, x)
+        tile = _add_words(kind, tile, weights, blocks.pitch, x)
         weights += weight_bytes(kind)
         x += input_bytes(kind)
-    add_to_memory(sums, tile)
+    add_to_memory(blocks.sums + place, blocks.sums_pitch, _MOST, tile)
 
 
 @subroutine()
-def _add_integers(weights: int, x: int, groups: int, kind: int, form: int, sums: int) -> None:
+def _add_integers(blocks: Blocks, x: int, groups: int, kind: int, form: int) -> None:
     """Do the same with integers, group by group."""
     if WIDE and kind == PAIRS:
-        _add_scaled(weights, x, groups, form, sums)
-        return
-    for t in range(0, SIDE, _FEWER):
-        if WIDE and kind == DIGITS:
-            _add_digits(weights, x + 4 * t, groups, form, sums + LINE * t)
-        elif not DOTS and kind == WORDS:
-            _add_stepped(WORDS, weights, x + 4 * t, groups, form, sums + LINE * t)
-        else:
-            _add_stepped(BYTES, weights, x + 4 * t, groups, form, sums + LINE * t)
+        for t in range(0, SIDE, _MOST):
+            _add_scaled(blocks, x + 4 * t, groups, form, LINE * t)
+    elif WIDE and kind == DIGITS:
+        for t in range(0, SIDE, _FEWER):
+            _add_digits(blocks, x + 4 * t, groups, form, LINE * t)
+    elif not DOTS and kind == WORDS:
+        _add_stepped(WORDS, blocks, x, groups, form)
+    else:
+        _add_stepped(BYTES, blocks, x, groups, form)
 
 
 @subroutine(pasted=True)
-def _add_scaled(weights: int, x: int, groups: int, form: int, sums: int) -> None:
+def _add_scaled(blocks: Blocks, x: int, groups: int, form: int, place: int) -> None:
     """Do it for pairs, whose sums of a group are all that registers hold."""
+    weights, pitch, sums = blocks.weights, blocks.pitch, blocks.sums + place
     for _ in range(groups):
+        tile = _add_words(PAIRS, repeated(no_sums(_MOST), BLOCKS), weights, pitch, x)
         scales, steps = weights + 2 * SQUARE, x + 2 * SQUARE
-        add_scaled_to_memory(sums, _add_words(PAIRS, no_sums(SIDE), weights, x), load_floats(scales, SCALE))
+        add_scaled_to_memory(sums, blocks.sums_pitch, tile, vectors_at(scales + SCALE, pitch, BLOCKS))
         if has_minima(form):
-            add_outer_to_memory(sums, load_floats(scales, MIDDLE), steps + SUM)
+            middles = vectors_at(scales + MIDDLE, pitch, BLOCKS)
+            add_outer_to_memory(sums, blocks.sums_pitch, _MOST, middles, steps + SUM)
         weights, x = scales + WEIGHT_LINES, steps + INPUT_LINES
 
 
 @subroutine(pasted=True)
-def _add_stepped(kind: int, weights: int, x: int, groups: int, form: int, sums: int) -> None:
-    """Do it for what is rounded to int8 and some tokens, whose sums of a group and of those before are in registers.
+def _add_stepped(kind: int, blocks: Blocks, x: int, groups: int, form: int) -> None:
+    """Do it for what is rounded to int8: the kind is a literal, WORDS or BYTES.
 
-    The kind is a literal, WORDS or BYTES.
+    The sums of a group are all that registers hold, those of all groups are added up in the first-level cache.
     """
-    totals, size = no_sums(_FEWER), squares(kind) * SQUARE
+    weights, pitch, size = blocks.weights, blocks.pitch, squares(kind) * SQUARE
+    for t in range(0, SIDE, _MOST):
+        store_sums(blocks.totals + BLOCKS * LINE * t, no_sums(_TILE))
     for _ in range(groups):
-        steps = x + size
-        tile = _add_words(kind, first_sums(steps + BEGIN, _FEWER), weights, x)
-        totals = add_stepped(totals, tile, load_floats(weights, size + SCALE), steps + STEP)
-        if has_minima(form):
-            totals = outer_floats(totals, weights + size + MIDDLE, steps + SUM)
+        factors = weights + size
+        for t in range(0, SIDE, _MOST):
+            steps, place = x + 4 * t + size, blocks.totals + BLOCKS * LINE * t
+            tile = _add_words(kind, repeated(first_sums(steps + BEGIN, _MOST), BLOCKS), weights, pitch, x + 4 * t)
+            scales = vectors_at(factors + SCALE, pitch, BLOCKS)
+            totals = add_stepped(sums_at(place, _TILE), tile, scales, steps + STEP)
+            if has_minima(form):
+                totals = outer_floats(totals, vectors_at(factors + MIDDLE, pitch, BLOCKS), steps + SUM)
+            store_sums(place, totals)
         weights += weight_bytes(kind)
         x += input_bytes(kind)
-    add_to_memory(sums, totals)
+    for t in range(0, SIDE, _MOST):
+        totals = sums_at(blocks.totals + BLOCKS * LINE * t, _TILE)
+        add_to_memory(blocks.sums + LINE * t, blocks.sums_pitch, _MOST, totals)
 
 
 @subroutine()
-def _add_digits(weights: int, x: int, groups: int, form: int, sums: int) -> None:
+def _add_digits(blocks: Blocks, x: int, groups: int, form: int, place: int) -> None:
     """Do it for three digits: the two lower ones have a sum in common, which 32 bits hold."""
-    totals = no_sums(_FEWER)
+    totals, weights, pitch = repeated(no_sums(_FEWER), BLOCKS), blocks.weights, blocks.pitch
     for _ in range(groups):
-        steps = x + 3 * SQUARE
-        lower = _add_words(BYTES, first_sums(steps + BEGIN + LINE, _FEWER), weights, x + SQUARE)
-        lower = _add_words(BYTES, at_next_place(lower, steps + BEGIN + 2 * LINE), weights, x + 2 * SQUARE)
-        high = _add_words(BYTES, first_sums(steps + BEGIN, _FEWER), weights, x)
-        totals = add_digits(totals, high, lower, load_floats(weights, SQUARE + SCALE), steps + STEP)
+        steps, factors = x + 3 * SQUARE, weights + SQUARE
+        lower = _add_words(BYTES, _begin(steps + BEGIN + LINE), weights, pitch, x + SQUARE)
+        lower = at_next_place(lower, _begin(steps + BEGIN + 2 * LINE))
+        lower = _add_words(BYTES, lower, weights, pitch, x + 2 * SQUARE)
+        high = _add_words(BYTES, _begin(steps + BEGIN), weights, pitch, x)
+        totals = add_digits(totals, high, lower, vectors_at(factors + SCALE, pitch, BLOCKS), steps + STEP)
         if has_minima(form):
-            totals = outer_floats(totals, weights + SQUARE + MIDDLE, steps + SUM)
-        weights += SQUARE + WEIGHT_LINES
+            totals = outer_floats(totals, vectors_at(factors + MIDDLE, pitch, BLOCKS), steps + SUM)
+        weights = factors + WEIGHT_LINES
         x += input_bytes(DIGITS)
-    add_to_memory(sums, totals)
+    add_to_memory(blocks.sums + place, blocks.sums_pitch, _FEWER, totals)
+
+
+@subroutine(inline=True)
+def _begin(numbers: int) -> Any:
+    """Return what sums of tokens begin with, for each block: a number of each token at an address."""
+    return repeated(first_sums(numbers, _FEWER), BLOCKS)
 
 
 @subroutine(pasted=True)
-def _add_words(kind: int, tile: Any, weights: int, x: int) -> Any:
+def _add_words(kind: int, tile: Any, weights: int, pitch: int, x: int) -> Any:
     """Add the products of a group's squares to sums, for a literal kind."""
     if kind == FLOATS:
         for at in range(0, 4 * SQUARE, LINE):
-            tile = outer_floats(tile, weights + at, x + at)
+            tile = outer_floats(tile, vectors_at(weights + at, pitch, BLOCKS), x + at)
     elif kind == PAIRS:
         for at in range(0, 2 * SQUARE, LINE):
-            tile = outer_pairs(tile, weights + at, x + at)
+            tile = outer_pairs(tile, vectors_at(weights + at, pitch, BLOCKS), x + at)
     elif kind == WORDS:
         for at in range(0, 2 * SQUARE, LINE):
-            tile = outer_words(tile, weights + at, x + at)
+            tile = outer_words(tile, vectors_at(weights + at, pitch, BLOCKS), x + at)
     elif not DOTS:  # BYTES are int4 alone
         for at in range(0, SQUARE, SQUARE // 2):
             tile = outer_nibbles(tile, weights + at, x + at)
     else:
         for at in range(0, SQUARE, LINE):
-            tile = outer_bytes(tile, weights + at, x + at)
+            tile = outer_bytes(tile, vectors_at(weights + at, pitch, BLOCKS), x + at)
     return tile
 
 

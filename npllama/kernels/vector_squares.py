@@ -35,6 +35,7 @@ from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
 from npllama.kernels.llvm import DOTS, NARROW, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import int8_lanes
+from npllama.kernels.simd_blocks import NOTHING
 from npllama.kernels.simd_columns import columns_at, copy_first
 from npllama.kernels.simd_quantised import (
     high_nibbles,
@@ -54,6 +55,8 @@ INT8_KIND = BYTES if DOTS else WORDS
 
 SIDE = 16  # of a square: rows or tokens, and words
 LINE = 64  # bytes of a line of a square
+#: Blocks of rows that are multiplied at once.
+BLOCKS = 2 if WIDE else 1
 SQUARE = SIDE * LINE
 #: Lines behind the squares of a group: scales and middles of its rows; steps, sums and beginnings of its tokens.
 SCALE, MIDDLE, WEIGHT_LINES = 0, LINE, 2 * LINE
@@ -216,7 +219,7 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
     if task.kind == BYTES:
         step, whole = int8_lanes(numbers, line)
         simd.store_one(behind, STEP, step)
-        simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * whole))
+        simd.store_one(behind, BEGIN, np.int32(NOTHING - excess(task.form) * whole))
         total = np.float32(whole) * step
     elif not DOTS and task.kind == WORDS:
         step, whole = int8_lanes(numbers, line)
@@ -224,12 +227,12 @@ def _pack_group(numbers: int, task: Task, line: int, behind: int) -> None:
         simd.store(line, 0, even_bytes(words))
         simd.store(line, SQUARE, odd_bytes(words))
         simd.store_one(behind, STEP, step)
-        simd.store_one(behind, BEGIN, np.int32(0))
+        simd.store_one(behind, BEGIN, np.int32(NOTHING))
         total = np.float32(whole) * step
     elif WIDE and task.kind == DIGITS:
         step, high, middle, low = digit_lanes(numbers, line, SQUARE)
         simd.store_one(behind, STEP, step)
-        simd.store_one(behind, BEGIN, np.int32(-excess(task.form) * high))
+        simd.store_one(behind, BEGIN, np.int32(NOTHING - excess(task.form) * high))
         simd.store_one(behind, BEGIN + LINE, np.int32(-excess(task.form) * middle))
         simd.store_one(behind, BEGIN + 2 * LINE, np.int32(-excess(task.form) * low))
         total = np.float32(65536 * high + 256 * middle + low) * step

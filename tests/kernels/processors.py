@@ -13,6 +13,7 @@ OF_DOTS = [
     "test_byte_columns.py",
     "test_probe.py",
     "test_simd.py",
+    "test_simd_blocks.py",
     "test_simd_columns.py",
     "test_simd_groups.py",
     "test_simd_sums.py",

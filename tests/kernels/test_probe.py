@@ -14,6 +14,7 @@ from npllama.kernels import matmul, probe
 from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.llvm import DOTS
 from npllama.kernels.tiles import tile_shapes
+from npllama.kernels.vector_squares import BLOCKS
 from npllama.rounding import ACTIVATIONS
 
 needs_vectors = pytest.mark.skipif(not PATHS["avx2"] <= host_features(), reason="this processor has no AVX2")
@@ -65,10 +66,13 @@ def test_words_are_multiplied_and_added_as_often_as_they_are_counted(numbers: st
     found = np.empty((2, probe._SUMS_OF_WORDS, 16), np.float32)
     probe._outer_products(work, np.ascontiguousarray(lines), 3, found)
     per_line = 2 if numbers.endswith("16") else 4
-    expected = sum(per_line * integers[i + j] ** 2 for i in range(3) for j in range(n_lines))
+    blocks = 1 if numbers == "int4" else BLOCKS  # each with a line of its own, too
+    expected = [sum(per_line * integers[i + j] * integers[i + j + b] for i in range(3) for j in range(n_lines))
+                for b in range(blocks)]  # fmt: skip
     begun = 0 if numbers == "uint16" else lines[0, :4].copy().view(np.int32)[0]  # sums of integers begin with a word
     sums = found if numbers == "uint16" else found.view(np.int32)
-    assert np.unique(sums).tolist() == [begun + expected]
+    for b, one in enumerate(np.split(sums, blocks, axis=1)):
+        assert np.unique(one).tolist() == [begun + expected[b]]
 
 
 @needs_vectors

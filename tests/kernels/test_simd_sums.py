@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numba
 import numpy as np
 import pytest
 
 from npllama.dtypes import Array, narrow, widen
-from npllama.kernels import simd, simd_quantised, simd_sums, simd_words
+from npllama.kernels import simd, simd_blocks, simd_quantised, simd_sums, simd_words
 from npllama.kernels.features import PATHS, host_features
 
 RNG = np.random.default_rng(7)
@@ -23,7 +22,7 @@ FLOATS = RNG.normal(size=(16, 16)).astype(np.float32)
 def run(body: str, *arrays: Array, out: Any = np.float32, size: int = 256) -> Array:
     """Compile statements about addresses a, b, c of arrays and o of the output; return the output."""
     names = "abcd"[: len(arrays)]
-    scope: dict[str, Any] = {"s": simd, "u": simd_sums, "w": simd_words, "q": simd_quantised}
+    scope: dict[str, Any] = {"s": simd, "u": simd_sums, "w": simd_words, "q": simd_quantised, "k": simd_blocks}
     exec(f"def kernel(o, {', '.join(names)}):\n" + "\n".join(f"    {line}" for line in body.split("; ")), scope)
     found = np.zeros(size, out)
     numba.njit(scope["kernel"])(found.ctypes.data, *(array.ctypes.data for array in arrays))
@@ -46,39 +45,6 @@ def test_a_cache_line_past_the_caches() -> None:
     assert np.count_nonzero(found) == 32
 
 
-def test_sums_are_added_to_memory_scaled_or_not() -> None:
-    body = "u.store_sums(o, u.sums_at(a, 16)); u.add_to_memory(o, u.sums_at(b, 16))"
-    np.testing.assert_array_equal(run(body, FLOATS, FLOATS[::-1].copy()), (FLOATS + FLOATS[::-1]).reshape(-1))
-    body = "u.store_sums(o, u.sums_at(a, 16)); u.add_scaled_to_memory(o, u.sums_at(a, 16), q.load_floats(b, 0))"
-    np.testing.assert_allclose(
-        run(body, FLOATS, FLOATS[3].copy()), (FLOATS + FLOATS * FLOATS[3]).reshape(-1), 1e-6, 1e-6
-    )
-    body = "u.add_outer_to_memory(o, q.load_floats(a, 0), b)"
-    np.testing.assert_array_equal(run(body, FLOATS[0], FLOATS[1].copy()), np.outer(FLOATS[1], FLOATS[0]).reshape(-1))
-
-
-def test_integers_are_added_with_scale_and_step() -> None:
-    numbers = RNG.integers(-(1 << 20), 1 << 20, 8).astype(np.int32)
-    body = "t = u.add_stepped(u.sums_at(a, 8), u.first_sums(b, 8), q.load_floats(c, 0), d); u.store_sums(o, t)"
-    found = run(body, FLOATS, numbers, FLOATS[8].copy(), FLOATS[9].copy(), size=128)
-    expected = FLOATS[:8] + FLOATS[8] * numbers[:, None].astype(np.float64) * FLOATS[9, :8, None]
-    np.testing.assert_allclose(found, expected.reshape(-1), 1e-5)
-
-
-def test_integers_of_three_digits_are_added_with_scale_and_step() -> None:
-    """The two lower digits' sums make one integer, to which more is added at the place of the lowest."""
-    digits = RNG.integers(-(1 << 21), 1 << 21, (3, 8)).astype(np.int32)
-    body = "lower = u.at_next_place(u.first_sums(b + 32, 8), b + 64); t = u.sums_at(a, 8)"
-    body += "; u.store_sums(o, u.add_digits(t, u.first_sums(b, 8), lower, q.load_floats(c, 0), d))"
-    padded = np.concatenate([digits.reshape(-1), np.zeros(8, np.int32)])
-    found = run(body, FLOATS, padded, FLOATS[8].copy(), FLOATS[9].copy(), size=128)
-    integers = (digits.astype(np.float64) * [[65536], [256], [1]]).sum(0)
-    expected = FLOATS[:8] + FLOATS[8] * integers[:, None] * FLOATS[9, :8, None]
-    np.testing.assert_allclose(found, expected.reshape(-1), 1e-6)
-    found = run("u.store_sums(o, u.at_next_place(u.first_sums(a, 8), a + 32))", padded, out=np.int32, size=128)
-    np.testing.assert_array_equal(found, (256 * digits[0] + digits[1]).repeat(16))
-
-
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
 def test_totals_are_the_sums_of_lanes_in_pairs_of_halves(count: int) -> None:
     found = run(f"u.store_totals(o, u.sums_at(a, {count}))", FLOATS, size=16)
@@ -89,83 +55,11 @@ def test_totals_are_the_sums_of_lanes_in_pairs_of_halves(count: int) -> None:
     np.testing.assert_array_equal(found, np.pad(expected[:, 0], (0, 16 - count)))
 
 
-def test_an_outer_product_of_floats() -> None:
-    found = run("u.store_sums(o, u.outer_floats(u.sums_at(a, 16), b, c))", FLOATS, FLOATS[3].copy(), FLOATS[4].copy())
-    np.testing.assert_allclose(found.reshape(16, 16), FLOATS + np.outer(FLOATS[4], FLOATS[3]), 1e-6, 1e-6)
-
-
-def expected_pairs(weights: Array, x: Array) -> Array:
-    a, b = (widen(bits, "bfloat16", np.float64).reshape(16, 2) for bits in (weights, x))
-    return b @ a.T
-
-
-@pytest.mark.skipif("avx512bf16" not in host_features(), reason="this processor has no BF16")
-def test_an_outer_product_of_pairs() -> None:
-    found = run("u.store_sums(o, u.outer_pairs(u.no_sums(16), a, b))", BITS[0], BITS[1])
-    np.testing.assert_allclose(found.reshape(16, 16), expected_pairs(BITS[0], BITS[1]), 1e-6)
-
-
-def test_pairs_and_roundings_on_a_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = host_features() - {"avx512bf16"}
-    for module in (simd, simd_sums):
-        monkeypatch.setattr(module, "host_features", lambda: lacking)
-    found = run("u.store_sums(o, u.outer_pairs(u.no_sums(16), a, b))", BITS[0], BITS[1])
-    np.testing.assert_allclose(found.reshape(16, 16), expected_pairs(BITS[0], BITS[1]), 1e-6)
-    numbers = RNG.integers(0, 1 << 32, 32, dtype=np.uint32).view(np.float32)
-    numbers[:6] = [np.nan, np.inf, -np.inf, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]
-    numbers[6] = np.uint32(0x7F800001).view(np.float32)  # a NaN that half of what is cut off would make infinite
-    body = "s.store(o, 0, s.to_bfloat16(q.load_floats(a, 0), q.load_floats(a, 64)))"
-    found = run(body, numbers, out=np.uint16, size=32)
-    with np.errstate(invalid="ignore"):
-        expected = numbers.astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(widen(found, "bfloat16"), expected.astype(np.float32))
-    body = "s.store(o, 0, w.rounded_pair(q.load_floats(a, 0), q.load_floats(a, 64)))"
-    found = run(body, numbers, out=np.uint16, size=32).reshape(16, 2).T.reshape(-1)
-    np.testing.assert_array_equal(widen(found, "bfloat16"), expected.astype(np.float32))
-
-
 def test_pairs_of_the_nearest_bfloat16() -> None:
     low, high = RNG.normal(size=(2, 16)).astype(np.float32)
     body = "s.store(o, 0, w.rounded_pair(q.load_floats(a, 0), q.load_floats(b, 0)))"
     found = run(body, low, high, out=np.uint16, size=32).reshape(16, 2)
     np.testing.assert_array_equal(found, np.stack([narrow(low, "bfloat16"), narrow(high, "bfloat16")], axis=1))
-
-
-def test_an_outer_product_of_bytes() -> None:
-    weights = RNG.integers(0, 256, 64).astype(np.uint8)
-    x = RNG.integers(-128, 128, 64).astype(np.int8)
-    begin = np.arange(16, dtype=np.int32)
-    body = "u.store_sums(o, u.outer_bytes(u.first_sums(c, 16), a, b))"
-    found = run(body, weights, x, begin, out=np.int32)
-    products = x.reshape(16, 4).astype(np.int64) @ weights.reshape(16, 4).astype(np.int64).T
-    np.testing.assert_array_equal(found.reshape(16, 16), begin[:, None] + products)
-
-
-def test_an_outer_product_of_pairs_of_integers() -> None:
-    weights, x = (RNG.integers(-(1 << 15), 1 << 15, 32).astype(np.int16) // 2 for _ in range(2))
-    begin = np.arange(16, dtype=np.int32)
-    found = run("u.store_sums(o, u.outer_words(u.first_sums(c, 16), a, b))", weights, x, begin, out=np.int32)
-    products = x.reshape(16, 2).astype(np.int64) @ weights.reshape(16, 2).astype(np.int64).T
-    np.testing.assert_array_equal(found.reshape(16, 16), begin[:, None] + products)
-
-
-@pytest.mark.parametrize("extreme", [None, -128, 127])
-def test_an_outer_product_of_nibbles_over_eight_lines(extreme: int | None) -> None:
-    weights, x = RNG.integers(0, 16, (8, 64)).astype(np.uint8), RNG.integers(-128, 128, (8, 64)).astype(np.int8)
-    if extreme is not None:
-        weights[:], x[:] = 15, extreme
-    begin = np.arange(16, dtype=np.int32)
-    found = run("u.store_sums(o, u.outer_nibbles(u.first_sums(c, 16), a, b))", weights, x, begin, out=np.int32)
-    lines = (numbers.reshape(8, 16, 4).astype(np.int64) for numbers in (x, weights))
-    products = np.einsum("ltk,lrk->tr", *lines)
-    np.testing.assert_array_equal(found.reshape(16, 16), begin[:, None] + products)
-
-
-@pytest.mark.parametrize(("weight", "number"), [(255, -128), (255, 127), (128, -128), (127, 127)])
-def test_no_product_of_bytes_is_too_large(weight: int, number: int) -> None:
-    weights, x, begin = np.full(64, weight, np.uint8), np.full(64, number, np.int8), np.zeros(16, np.int32)
-    found = run("u.store_sums(o, u.outer_bytes(u.first_sums(c, 16), a, b))", weights, x, begin, out=np.int32)
-    assert np.unique(found).tolist() == [4 * weight * number]
 
 
 def test_bytes_become_words_of_two() -> None:
