@@ -328,7 +328,7 @@ def rows_of_tile(group: int) -> int:
     return max(_FEW, _TILE // group)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _pieces(table: Array, n_kv_heads: int, tile: int, window: int) -> Any:
     """Divide the work: return a row for each piece, with the columns named above, and the number of parts.
 
@@ -387,7 +387,7 @@ def _write(
     line[_START], line[_STOP], line[_SPANS], line[_PART] = start, stop, spans, part
 
 
-@subroutine()
+@subroutine(counted=True)
 def _merge(table: Array, pieces: Array, group: int, parts: Array, peaks: Array, totals: Array, context: Array) -> None:
     """Fill the rows of context (T, H, Dh) whose keys were split with the means of their parts.
 

@@ -92,7 +92,7 @@ class Party(NamedTuple):
     scale: np.float32
 
 
-@subroutine()
+@subroutine(counted=True)
 def attend_few(q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int) -> Any:
     """Write the context of a piece's queries, and return their peaks and totals, by which parts can be merged.
 
@@ -201,7 +201,7 @@ def _score(size: int, piece: Piece, like: Array, keys: int, n_keys: int, ahead: 
         store_totals(party.scores + 4 * s * size, tile)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _copy(rows: int, stride: int, like: Array, count: int, head_dim: int, target: int) -> None:
     """Copy the numbers of a few positions to an address, one position behind the other."""
     stored, copies = _matrix_at(rows, like, count, stride // like.itemsize), _matrix_at(target, like, count, head_dim)
@@ -292,7 +292,7 @@ def _add_lines(piece: Piece, like: Array, values: int, n_keys: int, ahead: int, 
 # --- in plain loops ---------------------------------------------------------------------------------------------
 
 
-@subroutine()
+@subroutine(counted=True)
 def attend_few_plainly(
     q: Array, scale: np.float32, piece: Piece, like: Array, context: Array, row: int, head: int
 ) -> Any:
@@ -333,7 +333,7 @@ def attend_few_plainly(
     return peaks, totals
 
 
-@subroutine(inline=True)
+@subroutine(inline=True, counted=True)
 def _block(address: int, stride: int, count: int, spare: Array) -> Any:
     """Return a block of positions where it lies, or a shorter one in ``spare`` (block, Dh)."""
     stored = _matrix_at(address, spare, count, stride // spare.itemsize)

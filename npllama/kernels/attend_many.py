@@ -47,7 +47,7 @@ _SUMS = 2 * _ROWS
 _PEAKS, _TOTALS, _SHRUNK = range(3)  # rows of a panel's state
 
 
-@subroutine()
+@subroutine(counted=True)
 def attend_many(
     q: Array,
     scale: np.float32,
@@ -115,7 +115,7 @@ def attend_many(
 # --- layout -----------------------------------------------------------------------------------------------------
 
 
-@subroutine()
+@subroutine(counted=True)
 def _stood_up(lying: Array) -> Array:
     """Return the transposes (n, B, A) of matrices (n, A, B) of words: a panel's lines are then words of all lanes."""
     n, height, width = lying.shape
@@ -128,7 +128,7 @@ def _stood_up(lying: Array) -> Array:
     return standing
 
 
-@subroutine()
+@subroutine(counted=True)
 def _lie_down(q: Array, piece: Piece, like: Array, pairs: Array | None, lying: Array) -> None:
     """Write a piece's queries into the rows of panels (n, lanes, N), as words of two bfloat16 if there are pairs."""
     _, n_heads, head_dim = q.shape
@@ -191,7 +191,7 @@ def _copy_values(
         _pair_up(address, piece.stride, like, n_keys, head_dim, block)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _widen(address: int, stride: int, like: Array, count: int, width: int, block: Array) -> None:
     """Copy the first ``width`` numbers of ``count`` positions into a block of float32."""
     stored = _matrix_at(address, like, count, stride // like.itemsize)
@@ -200,7 +200,7 @@ def _widen(address: int, stride: int, like: Array, count: int, width: int, block
             block[s, d] = widened(stored[s, d])
 
 
-@subroutine()
+@subroutine(counted=True)
 def _copy(address: int, stride: int, like: Array, count: int, width: int, block: Array) -> None:
     """Copy the first ``width`` numbers of ``count`` positions, bfloat16, into a block of words of two."""
     stored = _matrix_at(address, like, count, stride // like.itemsize)
@@ -210,7 +210,7 @@ def _copy(address: int, stride: int, like: Array, count: int, width: int, block:
             copies[s, d] = stored[s, d]
 
 
-@subroutine()
+@subroutine(counted=True)
 def _pair_up(address: int, stride: int, like: Array, count: int, width: int, block: Array) -> None:
     """Do the same into words (block/2, width) of two positions, the first in the lower half; there may be no second."""
     stored = _matrix_at(address, like, count, stride // like.itemsize)
@@ -332,7 +332,7 @@ def _score_plainly(keys: Array, queries: Array, height: int, scores: Array) -> N
     add_product_plainly(keys, queries, height, keys.shape[1], scores)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _weigh_plainly(scores: Array, height: int, scale: np.float32, like: Array, state: Array) -> None:
     """Do `_weigh` in plain loops."""
     highest = np.full(_LANES, _LOWEST)

@@ -157,7 +157,7 @@ def room_size(groups: int) -> int:
     return (2 * LINE * PARTY + WEIGHT_LINES * groups + SQUARE + behind) // 4
 
 
-@compiled()
+@compiled(counted=False)
 def multiply_block(
     rows: Rows,
     groups: int,
@@ -393,7 +393,7 @@ def _sum_groups(block: Block, x: int) -> None:
         while g < block.groups:
             at_once = _EIGHT if g + _EIGHT <= block.groups else _ONE
             for line in range(0, size * at_once, LINE):
-                simd.prefetch(coming, size * g + line)
+                simd.prefetch_near(coming, size * g + line)
             weights, integers = row + size * g, x + group_bytes(_ONE, block.is_int4) * g
             place = block.lines + g // SIDE * SQUARE + LINE * r + 4 * (g % SIDE)
             if at_once == _EIGHT:

@@ -52,8 +52,9 @@ _LANES = 16
 _LINE = 64
 #: Bytes of a party in a chunk.
 _CHUNK = 1 << 14
-#: How many bytes before its turn a line is fetched where a row is one chunk: four pages.
-EARLY = 1 << 14
+#: How many bytes before its turn a line is fetched where a row is one chunk: two pages. The first-level cache has room
+#: for them beside a party, and from the second a row would come in fits.
+EARLY = 1 << 13
 #: Rows of a band.
 _BAND = 2 if WIDE else 1
 #: Numbers of tokens that rows are multiplied with, see `npllama.kernels.vector_rows.tokens_of`; sums of a band then.
@@ -87,6 +88,8 @@ class Chunk(NamedTuple):
         Addresses of 16 float32 for each row and token, and of room for ``scale · step`` of a band.
     coming, coming_row, coming_line : int
         What is fetched meanwhile: where, and bytes from one row of a band, and one line, to the next.
+    comes_soon : bool
+        It is so little that it goes to the first-level cache.
     """
 
     rows: Rows
@@ -101,6 +104,7 @@ class Chunk(NamedTuple):
     coming: int
     coming_row: int
     coming_line: int
+    comes_soon: bool
 
 
 @subroutine(inline=True)
@@ -160,7 +164,7 @@ def room_size(groups: int) -> int:
     return BLOCK * (PARTY * (1 + _LANES) + _LANES) + _SUMS_OF_EIGHT * (groups + 2 * _LANES)
 
 
-@compiled()
+@compiled(counted=False)
 def multiply_block(
     rows: Rows,
     groups: int,
@@ -258,6 +262,7 @@ def _multiply_party(
             coming,
             coming_row,
             coming_line,
+            chunks == 1,
         )
         _add_chunk(here, tokens, is_int4, count)
     for r in range(0, BLOCK * count, BLOCK):
@@ -313,7 +318,10 @@ def _add(count: int, n_sums: int, chunk: Chunk, tokens: Tokens, is_int4: bool) -
 def _fetch(chunk: Chunk, coming: int, line: int) -> None:
     """Fetch a line of each row of the band that comes."""
     for row in range(_BAND):
-        simd.prefetch(coming + row * chunk.coming_row, line * chunk.coming_line)
+        if chunk.comes_soon:
+            simd.prefetch_near(coming + row * chunk.coming_row, line * chunk.coming_line)
+        else:
+            simd.prefetch(coming + row * chunk.coming_row, line * chunk.coming_line)
 
 
 @subroutine(inline=True)

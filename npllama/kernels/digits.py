@@ -89,7 +89,7 @@ def _pack_shared(x: Array, columns: int, panels: int, groups: int, digits: Array
         _pack_panel(x, columns, panel, groups, digits, steps, sums)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _pack_panel(x: Array, columns: int, panel: int, groups: int, digits: Array, steps: Array, sums: Array) -> None:
     group = np.zeros(GROUP, np.float32)
     words, packed = np.empty((3, 16), np.int32), digits.view(np.int32)  # four digits a word
@@ -109,7 +109,7 @@ def _pack_panel(x: Array, columns: int, panel: int, groups: int, digits: Array, 
                     packed[at + columns * (16 * digit + k)] = words[digit, k]
 
 
-@subroutine()
+@subroutine(counted=True)
 def _split(group: Array, digits: Array) -> tuple[np.float32, np.float32]:
     """Fill the digits (3, 64) of 64 numbers; return their step and the sum of what the digits stand for."""
     integers = np.empty(GROUP, np.int32)

@@ -164,25 +164,25 @@ def _lines(
                 data[first + r, GROUP // 2 * group + j] = pair
 
 
-@subroutine(exact=True, inline=True)
+@subroutine(exact=True, inline=True, counted=True)
 def _tile() -> Array:
     """Return room for a tile."""
     return np.empty((GROUP, _ROWS), np.float32)
 
 
-@subroutine(exact=True, inline=True)
+@subroutine(exact=True, inline=True, counted=True)
 def _floats() -> Array:
     """Return room for a float32 for each row."""
     return np.empty(_ROWS, np.float32)
 
 
-@subroutine(exact=True, inline=True)
+@subroutine(exact=True, inline=True, counted=True)
 def _bfloats() -> Array:
     """Return room for a bfloat16 for each row."""
     return np.empty(_ROWS, np.uint16)
 
 
-@subroutine(exact=True, inline=True)
+@subroutine(exact=True, inline=True, counted=True)
 def _turn(x: Array, first: int, group: int, tile: Array, unit: Array, sound: Array) -> None:
     """Fill a tile with a group of as many rows from the first one on as it has room for, the last again and again.
 

@@ -52,7 +52,7 @@ def cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def compiled(*, parallel: bool = False, exact: bool = False) -> Callable[[_Function], _Function]:
+def compiled(*, parallel: bool = False, exact: bool = False, counted: bool = True) -> Callable[[_Function], _Function]:
     """Decorate a function to be compiled on its first call with each combination of dtypes, and kept on disk.
 
     Parameters
@@ -61,11 +61,14 @@ def compiled(*, parallel: bool = False, exact: bool = False) -> Callable[[_Funct
         Share the rounds of its ``prange`` loops between threads, in contiguous runs.
     exact : bool
         Leave sums in their order, and fuse no product into one.
+    counted : bool
+        Count references to arrays, as whatever makes an array must. Threads that count those to one array wait for each
+        other, for longer than a few rows of a matrix take: what they call often, with arrays of others, counts none.
     """
 
     def decorate(function: _Function) -> _Function:
         folder = cache_folder()
-        jit = _njit(parallel=parallel, cache=folder is not None, **(EXACT if exact else OPTIONS))
+        jit = _njit(parallel=parallel, cache=folder is not None, _nrt=counted, **(EXACT if exact else OPTIONS))
         before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder or "")
         try:
             kernel: _Function = jit(function)

@@ -62,7 +62,7 @@ def deal_out(arguments: Any, jobs: Array, size: int, n_threads: int, work: int) 
             _take_part(arguments, jobs, blocks, (thread + i) % n_threads, n_threads, taken, work)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _nothing_taken(n_parts: int) -> Array:
     """Return a counter for each part; not written in `deal_out` itself, whose threads would share filling them."""
     return np.zeros(APART * n_parts, np.int64)

@@ -85,7 +85,7 @@ class Inputs(NamedTuple):
     kind: int
 
 
-@subroutine()
+@subroutine(counted=True)
 def inputs_room(n_new: int, widest: int, like: Array, rounds: bool, kind: int) -> Inputs:
     """Return room for inputs (T, N) of up to so many numbers a row."""
     groups = (widest + GROUP - 1) // GROUP
@@ -193,7 +193,7 @@ def _prepare_rounded(x: Array, form: int, inputs: Inputs) -> None:
     rounded_tokens.round_tokens(x, form == _INT4, inputs.tokens[form - 1, :size])
 
 
-@compiled()
+@compiled(counted=False)
 def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, work: int) -> None:
     """Multiply blocks of 16 rows, one after the other."""
     groups, is_int4, tokens = (part.width + GROUP - 1) // GROUP, part.form == _INT4, inputs.tokens[part.form - 1]
@@ -206,7 +206,7 @@ def _multiply_bytes(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: 
         call_at(work, (rows, groups, is_int4, tokens, n_new, coming, inputs.scratch, output, 4 * ROWS))
 
 
-@compiled()
+@compiled(counted=False)
 def _multiply_vectors(n_new: int, part: Part, ahead: Part, inputs: Inputs, block: Array, work: int) -> None:
     """Multiply blocks of 16 rows, one after the other."""
     row, output, token = _row_bytes(part), np.int64(block.ctypes.data), 4 * ROWS

@@ -14,21 +14,22 @@ from npllama.kernels.jit import compiled
 from npllama.kernels.layer_rows import fetch, no_part
 from npllama.kernels.layer_units import (
     ATTEND,
-    DOWN,
-    GATE_UP,
     OUT,
     PHASES,
-    QKV,
     Plan,
     Shared,
     append,
+    blocks_of,
     enter_attention,
     own_of,
     parts_of,
-    units_of,
 )
 from npllama.kernels.simd_atomic import APART, fetch_add, load_acquire, pause
 from npllama.kernels.subroutines import subroutine
+
+#: Blocks of rows that are a unit at most; units of a phase for each thread at least. To take a unit, call what does it
+#: and tell other cores of it takes as long as a block of a small matrix.
+_MOST_BLOCKS, _LEAST_UNITS = 4, 2
 
 
 class Works(NamedTuple):
@@ -38,7 +39,7 @@ class Works(NamedTuple):
     ----------
     attend, enter, rows : int
         For a unit: a piece of attention, `npllama.kernels.attend`; `npllama.kernels.layer_units.enter_product` and
-        `multiply_unit`.
+        `multiply_rows`.
     begin, end : int
         Before the first unit, with the shapes of tiles, and behind the last one; 0 where nothing is to be done.
     ways : ndarray, int64
@@ -58,22 +59,22 @@ def count_units(plan: Plan, sequences: Array, windows: Array) -> Any:
     """Return the number of the first unit of each phase, behind them that of all units; and the parts of attention."""
     starts = np.empty(PHASES * plan.n_layers + 1, np.int64)
     tile = _queries_of_a_tile(plan)
-    q, kv = units_of(plan.n_heads * plan.head_dim), units_of(plan.n_kv_heads * plan.head_dim)
     at = 0
-    for layer in range(plan.n_layers):
-        phase = PHASES * layer
-        starts[phase + QKV] = at
-        at += q + 2 * kv
-        starts[phase + ATTEND] = at
-        at += len(_pieces(sequences, plan.n_kv_heads, tile, windows[layer])[0])
-        starts[phase + OUT] = at
-        at += units_of(plan.dim)
-        starts[phase + GATE_UP] = at
-        at += units_of(plan.hidden_dim)
-        starts[phase + DOWN] = at
-        at += units_of(plan.dim)
+    for phase in range(PHASES * plan.n_layers):
+        starts[phase] = at
+        kind, per_unit = phase % PHASES, _blocks_of_unit(plan, phase % PHASES)
+        if kind == ATTEND:
+            at += len(_pieces(sequences, plan.n_kv_heads, tile, windows[phase // PHASES])[0])
+        else:
+            at += (blocks_of(plan, kind) + per_unit - 1) // per_unit
     starts[-1] = at
     return starts, _pieces(sequences, plan.n_kv_heads, tile, _UNLIMITED)[1]
+
+
+@subroutine(inline=True)
+def _blocks_of_unit(plan: Plan, kind: int) -> int:
+    """Return how many blocks of rows are a unit of a phase; a piece of attention is one by itself."""
+    return max(1, min(_MOST_BLOCKS, blocks_of(plan, kind) // (_LEAST_UNITS * plan.n_threads)))
 
 
 @subroutine(inline=True)
@@ -136,8 +137,8 @@ def take_units(
         ahead = ahead_too = no_part()
         if following < starts[-1]:
             later = _phase_of(following, later, starts)
-            block = _block_of(plan, following, later, starts)
-            ahead, ahead_too = parts_of(plan, layers[later // PHASES], later % PHASES, block)
+            first, _ = _blocks_at(plan, following, later, starts)
+            ahead, ahead_too = parts_of(plan, layers[later // PHASES], later % PHASES, first)
         _await(plan, shared.counters, layer, kind, phase, unit, starts)
         if entered != phase:
             entered, appended = phase, -1
@@ -157,7 +158,7 @@ def take_units(
                     )
                 call_at(works.enter, (plan, shared, own, layer, kind, like, works.ways))
         if kind == ATTEND:
-            line = pieces[_block_of(plan, unit, phase, starts)]
+            line = pieces[_blocks_at(plan, unit, phase, starts)[0]]
             sequence, head = line[0], line[1]
             if appended != plan.n_kv_heads * sequence + head:
                 appended = plan.n_kv_heads * sequence + head
@@ -167,8 +168,8 @@ def take_units(
             where = shared.turned, own.sequences, line, group, plan.scale, window, stored, None
             call_at(works.attend, (*where, *room))
         else:
-            block = _block_of(plan, unit, phase, starts)
-            call_at(works.rows, (plan, shared, own, layer, kind, block, ahead, ahead_too, like, works.ways))
+            first, stop = _blocks_at(plan, unit, phase, starts)
+            call_at(works.rows, (plan, shared, own, layer, kind, first, stop, ahead, ahead_too, works.ways))
         fetch_add(shared.counters, APART * (phase + 1), 1)
         unit = following
     if works.end != 0:
@@ -184,15 +185,20 @@ def _phase_of(unit: int, phase: int, starts: Array) -> int:
 
 
 @subroutine()
-def _block_of(plan: Plan, unit: int, phase: int, starts: Array) -> Any:
-    """Return which rows a unit of a phase has, counted in units.
+def _blocks_at(plan: Plan, unit: int, phase: int, starts: Array) -> Any:
+    """Return which blocks of rows a unit has, the first and what is behind the last; or which piece of attention.
 
     Each thread in turn begins with the rows of a part of its own, and the next unit's rows come behind those: so what a
     thread reads is one stream, as long as all are equally fast.
     """
     here, n_units = unit - starts[phase], starts[phase + 1] - starts[phase]
     part, place = here % plan.n_threads, here // plan.n_threads
-    return part * (n_units // plan.n_threads) + min(part, n_units % plan.n_threads) + place
+    place += part * (n_units // plan.n_threads) + min(part, n_units % plan.n_threads)
+    kind = phase % PHASES
+    if kind == ATTEND:
+        return place, place + 1
+    per_unit = _blocks_of_unit(plan, kind)
+    return place * per_unit, min((place + 1) * per_unit, blocks_of(plan, kind))
 
 
 @subroutine()
@@ -200,7 +206,8 @@ def _await(plan: Plan, counters: Array, layer: Array, kind: int, phase: int, uni
     """Wait until the phase before a unit's is finished; meanwhile fetch the unit's weights from memory."""
     if phase == 0 or load_acquire(counters, APART * phase) == starts[phase] - starts[phase - 1]:
         return
-    first, second = parts_of(plan, layer, kind, _block_of(plan, unit, phase, starts))
+    block, _ = _blocks_at(plan, unit, phase, starts)
+    first, second = parts_of(plan, layer, kind, block)
     fetch(first)
     fetch(second)
     while load_acquire(counters, APART * phase) < starts[phase] - starts[phase - 1]:

@@ -26,6 +26,7 @@ from npllama.kernels.layer_rows import (
 )
 from npllama.kernels.norm import _rms_norm
 from npllama.kernels.rope import _apply_rope
+from npllama.kernels.simd_quantised import load_floats
 from npllama.kernels.subroutines import subroutine
 
 #: The matrices of a layer, in the order of the columns of a table of layers; behind those of
@@ -125,25 +126,33 @@ def own_of(plan: Plan, sequences: Array, like: Array) -> Own:
 
 
 @subroutine(inline=True)
-def units_of(m: int) -> int:
-    """Return how many units a matrix of M rows is."""
+def _blocks_in(m: int) -> int:
+    """Return how many blocks a matrix of M rows is."""
     return (m + ROWS - 1) // ROWS
+
+
+@subroutine(inline=True)
+def blocks_of(plan: Plan, kind: int) -> int:
+    """Return how many blocks of rows a phase has; those of two matrices that are multiplied together count once."""
+    if kind == QKV:
+        return _blocks_in(plan.n_heads * plan.head_dim) + 2 * _blocks_in(plan.n_kv_heads * plan.head_dim)
+    return _blocks_in(plan.hidden_dim if kind == GATE_UP else plan.dim)
 
 
 @subroutine()
 def _place(plan: Plan, kind: int, block: int) -> Any:
-    """Return of a unit of rows: its matrix, N, its first row, and how many rows from there belong to the unit before.
+    """Return of a block of rows: its matrix, N, its first row, and how many rows from there belong to the block before.
 
     The last block of a matrix ends where the matrix does.
     """
     matrix, m, n = _W1, plan.dim, plan.dim
     if kind == QKV:
         matrix, m = _WQ, plan.n_heads * plan.head_dim
-        if block >= units_of(m):
-            block -= units_of(m)
+        if block >= _blocks_in(m):
+            block -= _blocks_in(m)
             matrix, m = _WK, plan.n_kv_heads * plan.head_dim
-            if block >= units_of(m):
-                block -= units_of(m)
+            if block >= _blocks_in(m):
+                block -= _blocks_in(m)
                 matrix = _WV
     elif kind == OUT:
         matrix, n = _WO, plan.n_heads * plan.head_dim
@@ -157,14 +166,14 @@ def _place(plan: Plan, kind: int, block: int) -> Any:
 
 @subroutine()
 def parts_of(plan: Plan, layer: Array, kind: int, block: int) -> Any:
-    """Return the parts of matrices that a unit multiplies: one, two or none."""
+    """Return the parts of matrices that a block of a phase is: one, two or none."""
     if kind == ATTEND:
         return no_part(), no_part()
     matrix, n, row, _ = _place(plan, kind, block)
     return part_of(layer, matrix, row, n), part_of(layer, _W3, row, n) if kind == GATE_UP else no_part()
 
 
-@subroutine()
+@subroutine(counted=True)
 def enter_attention(plan: Plan, own: Own, sequences: Array, layer: int, tile: int, windows: Array) -> Array:
     """Bring the thread's table of sequences to a layer, and return the pieces of attention there."""
     for i in range(len(sequences)):
@@ -199,13 +208,34 @@ def enter_product(
         prepare(shared.act, layer, _W2, _W2 + 1, inputs, ways)
 
 
-@subroutine(inline=True)
+@subroutine(inline=True, counted=True)
 def _vector(address: int, size: int, like: Array) -> Any:
     return _matrix_at(address, like, 1, size)[0]
 
 
-@compiled()
-def multiply_unit(
+@compiled(counted=False)
+def multiply_rows(
+    plan: Plan,
+    shared: Shared,
+    own: Own,
+    layer: Array,
+    kind: int,
+    first: int,
+    stop: int,
+    ahead: Part,
+    ahead_too: Part,
+    ways: Array,
+) -> None:
+    """Do the blocks of rows of a unit, and fetch two parts for the next one."""
+    for block in range(first, stop):
+        coming, coming_too = ahead, ahead_too
+        if block + 1 < stop:
+            coming, coming_too = parts_of(plan, layer, kind, block + 1)
+        _multiply_block(plan, shared, own, layer, kind, block, coming, coming_too, ways)
+
+
+@subroutine(inline=True)
+def _multiply_block(
     plan: Plan,
     shared: Shared,
     own: Own,
@@ -214,18 +244,17 @@ def multiply_unit(
     block: int,
     ahead: Part,
     ahead_too: Part,
-    like: Array,
     ways: Array,
 ) -> None:
-    """Do a unit of rows, and fetch two parts for the next one."""
+    """Do a block of rows, and fetch two parts for the next one."""
     matrix, n, row, skipped = _place(plan, kind, block)
     multiply_part(plan.n_new, part_of(layer, matrix, row, n), ahead, own.inputs, own.block, ways)
-    _add_bias(own.block, layer[_BIAS + matrix] + 4 * row, like)
+    _add_bias(own.block, layer[_BIAS + matrix] + 4 * row)
     if kind == QKV:
         copy_block(own.block, shared.q if matrix == _WQ else shared.k if matrix == _WK else shared.v, row, skipped)
     elif kind == GATE_UP:
         multiply_part(plan.n_new, part_of(layer, _W3, row, n), ahead_too, own.inputs, own.second, ways)
-        _add_bias(own.second, layer[_BIAS + _W3] + 4 * row, like)
+        _add_bias(own.second, layer[_BIAS + _W3] + 4 * row)
         _glu(own.block, own.second, own.gated, plan.activation)
         copy_block(own.gated, shared.act, row, skipped)
     elif kind == OUT:
@@ -237,13 +266,12 @@ def multiply_unit(
 
 
 @subroutine()
-def _add_bias(block: Array, bias: int, like: Array) -> None:
-    numbers = _vector(bias, ROWS, like)
+def _add_bias(block: Array, bias: int) -> None:
     for at in range(0, block.shape[0], 16):
-        simd.store(block, at, simd.add(simd.load(block, at), simd.load(numbers, at % ROWS)))
+        simd.store(block, at, simd.add(simd.load(block, at), load_floats(bias, 4 * (at % ROWS))))
 
 
-@subroutine()
+@subroutine(counted=True)
 def append(
     plan: Plan,
     shared: Shared,

@@ -97,7 +97,7 @@ def _multiply(
         )
 
 
-@subroutine()
+@subroutine(counted=True)
 def _multiply_block(
     jobs: Array,
     shapes: Array,
@@ -146,7 +146,7 @@ def _multiply_block(
     unpacked[0] = 0  # Numba frees an array behind its last use, and an address is none
 
 
-@subroutine()
+@subroutine(counted=True)
 def _floats(scales: int, first: int, groups: int, start: int, stop: int) -> Array:
     """Return the bfloat16 scales of 32 rows as float32: (32, stop - start)."""
     floats = np.empty((32, stop - start), np.float32)

@@ -173,11 +173,20 @@ def load_one_bfloat16(context: Any, array: Any, index: Any) -> Any:
 @intrinsic
 def prefetch(context: Any, array: Any, index: Any) -> Any:
     """``prefetch(array, index)``: ask for the cache line of an element; it may lie outside the array. PREFETCHT1."""
+    return _prefetching(array, 2)
 
+
+@intrinsic
+def prefetch_near(context: Any, array: Any, index: Any) -> Any:
+    """``prefetch_near(array, index)``: the same, right into the first-level cache, which is small. PREFETCHT0."""
+    return _prefetching(array, 3)
+
+
+def _prefetching(array: Any, locality: int) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = address(context, builder, signature.args[0], *arguments)
-        read, second_level, data = (ir.Constant(WORD, value) for value in (0, 2, 1))
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, second_level, data)
+        read, where, data = (ir.Constant(WORD, value) for value in (0, locality, 1))
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, where, data)
         return context.get_dummy_value()
 
     return types.void(array, types.int64), code

@@ -23,7 +23,9 @@ from npllama.kernels.jit import EXACT, OPTIONS
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def subroutine(*, inline: bool = False, pasted: bool = False, exact: bool = False) -> Callable[[_Function], _Function]:
+def subroutine(
+    *, inline: bool = False, pasted: bool = False, exact: bool = False, counted: bool = False
+) -> Callable[[_Function], _Function]:
     """Decorate a function that only kernels call.
 
     Parameters
@@ -36,10 +38,13 @@ def subroutine(*, inline: bool = False, pasted: bool = False, exact: bool = Fals
         types are looked at. It takes longest to compile.
     exact : bool
         See `npllama.kernels.jit.compiled`; callers must be as exact.
+    counted : bool
+        Count references to arrays, see there: for one that makes or returns some, or keeps what another one made.
     """
 
     def decorate(function: _Function) -> _Function:
         options = {**(EXACT if exact else OPTIONS), "nopython": True, "no_cpython_wrapper": True, "forceinline": inline}
+        options["_nrt"] = counted
         if pasted:
             options["inline"] = "always"
         return cast(_Function, Subroutine(py_func=function, targetoptions=options, pipeline_class=_Compiler))

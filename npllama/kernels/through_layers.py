@@ -40,7 +40,7 @@ from npllama.kernels.features import choose, host_features
 from npllama.kernels.jobs import FORMS
 from npllama.kernels.layer_rows import ROWS, Part, configure, release, table_of
 from npllama.kernels.layer_turns import Works, count_units, run_units, take_units
-from npllama.kernels.layer_units import MATRICES, NORMS, Plan, Shared, enter_product, multiply_unit, own_of
+from npllama.kernels.layer_units import MATRICES, NORMS, Plan, Shared, enter_product, multiply_rows, own_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import APART
 from npllama.kernels.tiles import _STEP, _shapes
@@ -154,7 +154,7 @@ class ThroughLayers:
         has_tiles = "tiles" in self._ways.values()
         ways = table_of(self._ways, own.normed, own.inputs, own.block)
         enter = address_of(enter_product, *entering, _NUMBERS, ways)
-        multiply = address_of(multiply_unit, *entering, 1, part, part, _NUMBERS, ways)
+        multiply = address_of(multiply_rows, *entering, 1, 1, part, part, ways)
         # Last: of the two processes that compile for a model, the other one begins with attention.
         attend = few_for(_STORED[dtype].dtype.name, self._path)
         tiles = (address_of(configure, shapes), address_of(release)) if has_tiles else (0, 0)

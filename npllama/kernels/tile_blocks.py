@@ -291,7 +291,7 @@ def _multiply_block(
         simd.tile_store(3, sums, to + 3 * _SQUARE, 64)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _deliver_field(task: Task, begin: int, end: int, sums: Array, n_new: int, first: int) -> None:
     """Turn the tiles of rows by tokens, and write them to the outputs: those of one panel one after the other."""
     scratch = aligned(4 * _SQUARE, sums)

@@ -106,7 +106,7 @@ _upper_bits: Any = intrinsic(_float_to_upper_bits)
 _INFINITY = np.float32(np.inf)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _pack_panel(x: Array, packed: Array) -> None:
     """Pack x (T, N), one panel: for each step and part 16 rows, each with a pair of numbers of every token.
 

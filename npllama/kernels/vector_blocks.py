@@ -197,7 +197,7 @@ def _take_part(task: Task, x: Array, first: int, packed: Array, counters: Array)
     _take_fields(task, packed, len(x) - first, first, counters)
 
 
-@subroutine()
+@subroutine(counted=True)
 def _take_fields(task: Task, packed: Array, n_new: int, first: int, counters: Array) -> None:
     """Multiply fields until there are none left. A field is taken as soon as its first chunk can be laid out."""
     unit = max(task.together, BLOCKS)
@@ -414,7 +414,7 @@ def _add_words(kind: int, tile: Any, weights: int, pitch: int, x: int) -> Any:
     return tile
 
 
-@subroutine()
+@subroutine(counted=True)
 def _deliver(task: Task, chunk: Chunk, sums: Array, n_new: int, first: int) -> None:
     """Write the sums of a field, its last chunk's, to the outputs: those of one token after the other.
 

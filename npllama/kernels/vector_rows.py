@@ -189,7 +189,7 @@ def room_size() -> int:
     return BLOCK * (_EIGHT * (1 + _LANES) + _LANES)
 
 
-@compiled()
+@compiled(counted=False)
 def multiply_block(
     rows: int,
     width: int,

@@ -165,7 +165,7 @@ def stored_bytes(form: int) -> int:
 # --- the input --------------------------------------------------------------------------------------------------
 
 
-@subroutine()
+@subroutine(counted=True)
 def pack_panel(x: Array, packed: Array, task: Task, panel: int) -> None:
     """Lay out one panel: tokens that are not there are zeros.
 

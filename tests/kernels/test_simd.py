@@ -116,7 +116,10 @@ def test_a_narrow_transpose_ends_with_the_columns_that_are_wanted() -> None:
 
 def test_an_address_stands_for_bytes_and_a_prefetch_may_miss() -> None:
     a, out = floats(32), np.zeros(20, F32)
-    kernel = compiled("s.store(a, 8, s.load(b, 0)); s.prefetch(a, 1 << 40); s.store_one(a, 0, b[1])", "a, b")
+    kernel = compiled(
+        "s.store(a, 8, s.load(b, 0)); s.prefetch(a, 1 << 40); s.prefetch_near(a, 1 << 40); s.store_one(a, 0, b[1])",
+        "a, b",
+    )
     kernel(out, out.ctypes.data, a)
     np.testing.assert_array_equal(out[2:18], a[:16])
     assert out[0] == a[1]

@@ -10,6 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from numba.core.runtime import _nrt_python, rtsys
 
 import npllama
 from npllama import ops
@@ -338,3 +339,30 @@ def test_on_every_path_the_bits_are_those_of_single_operations(path: str, activa
         pytest.skip("this processor has no such instructions")
     model = loud_model(loud_config(), dtype="bfloat16")
     assert_at_once_changes_nothing(model, twins(path, activations), vector_rows.FEW)
+
+
+@needs_vectors
+@pytest.mark.parametrize("n_new", [1, 5, 40])
+@pytest.mark.parametrize("activations", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("stored", [("bfloat16",), *STORED.values()], ids=["bfloat16", *STORED])
+def test_kernels_leave_no_array_in_memory(stored: tuple[str, ...], activations: str, n_new: int) -> None:
+    """Most of what kernels call counts no references: an array that was made there would never be given back."""
+    plain, _ = quantised_pair(stored)
+    operations = SimpleNamespace(**{**vars(ops), **twins(None, activations)})
+    model = Model(plain.config, plain.weights, operations, backend="fast")
+    tokens = loud_tokens(model.config, n_new)
+    model.forward(tokens)
+    _nrt_python.memsys_enable_stats()
+    try:
+        before = left_behind()
+        for _ in range(3):
+            model.forward(tokens)
+        assert left_behind() == before
+    finally:
+        _nrt_python.memsys_disable_stats()
+
+
+def left_behind() -> int:
+    """Return how many arrays were made by compiled code and not given back since statistics are kept."""
+    found = rtsys.get_allocation_stats()
+    return int(found.mi_alloc - found.mi_free)
