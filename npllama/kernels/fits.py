@@ -216,7 +216,7 @@ def _sum(tile: Array, counts: Array, total: Array) -> None:
             total[r] += counts[j] * tile[j, r]
 
 
-@subroutine(exact=True, inline=True)
+@subroutine(exact=True, inline=True, counted=True)
 def _draw(tile: Array, q: Array, counts: Array, mean: Array, slope: Array, begin: Array) -> None:
     """Fill slope and begin with those of the lines of least squares through the points (q, number)."""
     middle, spread, together = _floats(), _floats(), _floats()

@@ -44,14 +44,14 @@ _DATA, _SCALES, _MINIMA, _FORM = range(0, 28, 7)
 #: Columns of a table of ways: the addresses of its functions.
 _PREPARE, _MULTIPLY, _BLOCKS = range(3)
 
-#: Rows of a matrix that are a unit.
+#: Rows of a matrix that are a block; a unit is one or some of them.
 ROWS = _BLOCK
 #: Rows of integers that are multiplied together.
 _BLOCK_OF_BYTES = byte_rows.BLOCK
 
 
 class Part(NamedTuple):
-    """Rows of a matrix, as many as a unit has: their storage type, their width N (0: there are none), and where."""
+    """Rows of a matrix, as many as a block has: their storage type, their width N (0: there are none), and where."""
 
     form: int
     width: int

@@ -2,8 +2,8 @@
 
 The 64 numbers of a token that meet one group of weights are integers times a step of their own, see
 `npllama.rounding`. Up to eight tokens are a **party**; parties follow one another, and in each one the groups do. A
-group has the integers of each token, behind these the steps of all, what their sums of products begin with, and the
-sums of the numbers that their integers stand for.
+group has the integers of each token, behind these the steps of all, what their sums of products begin with (see
+`npllama.kernels.simd_blocks.NOTHING`), and the sums of the numbers that their integers stand for.
 
 The integers are a line of int8; two lines of int16 where several tokens meet int8 weights and no instruction
 multiplies bytes.

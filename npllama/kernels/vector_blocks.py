@@ -356,7 +356,7 @@ def _add_stepped(kind: int, blocks: Blocks, x: int, groups: int, form: int) -> N
         factors = weights + size
         for t in range(0, SIDE, _MOST):
             steps, place = x + 4 * t + size, blocks.totals + BLOCKS * LINE * t
-            tile = _add_words(kind, repeated(first_sums(steps + BEGIN, _MOST), BLOCKS), weights, pitch, x + 4 * t)
+            tile = _add_words(kind, _begin(_MOST, steps + BEGIN), weights, pitch, x + 4 * t)
             scales = vectors_at(factors + SCALE, pitch, BLOCKS)
             totals = add_stepped(sums_at(place, _TILE), tile, scales, steps + STEP)
             if has_minima(form):
@@ -375,10 +375,10 @@ def _add_digits(blocks: Blocks, x: int, groups: int, form: int, place: int) -> N
     totals, weights, pitch = repeated(no_sums(_FEWER), BLOCKS), blocks.weights, blocks.pitch
     for _ in range(groups):
         steps, factors = x + 3 * SQUARE, weights + SQUARE
-        lower = _add_words(BYTES, _begin(steps + BEGIN + LINE), weights, pitch, x + SQUARE)
-        lower = at_next_place(lower, _begin(steps + BEGIN + 2 * LINE))
+        lower = _add_words(BYTES, _begin(_FEWER, steps + BEGIN + LINE), weights, pitch, x + SQUARE)
+        lower = at_next_place(lower, _begin(_FEWER, steps + BEGIN + 2 * LINE))
         lower = _add_words(BYTES, lower, weights, pitch, x + 2 * SQUARE)
-        high = _add_words(BYTES, _begin(steps + BEGIN), weights, pitch, x)
+        high = _add_words(BYTES, _begin(_FEWER, steps + BEGIN), weights, pitch, x)
         totals = add_digits(totals, high, lower, vectors_at(factors + SCALE, pitch, BLOCKS), steps + STEP)
         if has_minima(form):
             totals = outer_floats(totals, vectors_at(factors + MIDDLE, pitch, BLOCKS), steps + SUM)
@@ -388,9 +388,9 @@ def _add_digits(blocks: Blocks, x: int, groups: int, form: int, place: int) -> N
 
 
 @subroutine(inline=True)
-def _begin(numbers: int) -> Any:
-    """Return what sums of tokens begin with, for each block: a number of each token at an address."""
-    return repeated(first_sums(numbers, _FEWER), BLOCKS)
+def _begin(count: int, numbers: int) -> Any:
+    """Return what sums of literally so many tokens begin with, for each block: numbers at an address."""
+    return repeated(first_sums(numbers, count), BLOCKS)
 
 
 @subroutine(pasted=True)

@@ -12,6 +12,7 @@ from npllama.checkpoint import fits as textbook
 from npllama.checkpoint.quantize import quantize
 from npllama.dtypes import LARGEST, PACKINGS, Array
 from npllama.kernels import fits
+from tests.fixtures.references import left_by
 
 RNG = np.random.default_rng(0)
 
@@ -84,3 +85,9 @@ def test_rows_of_a_copy_that_may_not_be_written_are_taken_as_well() -> None:
     x = gaussian((4, 128))
     x.flags.writeable = False
     np.testing.assert_array_equal(quantize(x, "int8")[0], quantize(x.copy(), "int8")[0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_choice_leaves_no_array_in_memory(dtype: str) -> None:
+    numbers = np.random.default_rng(4).normal(size=(96, 256)).astype(np.float32)
+    assert left_by(lambda: quantize(numbers, dtype)) == 0

@@ -10,7 +10,6 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from numba.core.runtime import _nrt_python, rtsys
 
 import npllama
 from npllama import ops
@@ -27,6 +26,7 @@ from npllama.kernels.through_layers import through_layers, through_layers_by
 from npllama.weights import gather_weights
 from tests.fixtures.engine import FAST, loud_model
 from tests.fixtures.loud import loud_config, loud_tensors, loud_tokens
+from tests.fixtures.references import left_by
 
 PATH = choose(host_features())
 needs_vectors = pytest.mark.skipif(PATH == "portable", reason="this processor has no AVX2")
@@ -351,18 +351,4 @@ def test_kernels_leave_no_array_in_memory(stored: tuple[str, ...], activations: 
     operations = SimpleNamespace(**{**vars(ops), **twins(None, activations)})
     model = Model(plain.config, plain.weights, operations, backend="fast")
     tokens = loud_tokens(model.config, n_new)
-    model.forward(tokens)
-    _nrt_python.memsys_enable_stats()
-    try:
-        before = left_behind()
-        for _ in range(3):
-            model.forward(tokens)
-        assert left_behind() == before
-    finally:
-        _nrt_python.memsys_disable_stats()
-
-
-def left_behind() -> int:
-    """Return how many arrays were made by compiled code and not given back since statistics are kept."""
-    found = rtsys.get_allocation_stats()
-    return int(found.mi_alloc - found.mi_free)
+    assert left_by(lambda: model.forward(tokens)) == 0
