@@ -1,4 +1,8 @@
-"""Twin of `npllama.ops.apply_rope`."""
+"""Twin of `npllama.ops.apply_rope`, bit by bit.
+
+Nothing is fused: of ``a cos - b sin`` either product could be, and which one it is would differ between the kernels
+that turn heads.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     return y
 
 
-@compiled()
+@compiled(exact=True)
 def _apply_rope(x: Array, cos: Array, sin: Array, y: Array) -> None:
     n_new, n_heads, head_dim = x.shape
     for t in range(n_new):
