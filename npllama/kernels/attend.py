@@ -306,7 +306,7 @@ def _piece_of(table: Array, line: Array, group: int, window: int) -> Piece:
     )
 
 
-@subroutine(inline=True)
+@subroutine(inline=True, counted=True)
 def _where_to(line: Array, piece: Piece, parts: Array, peaks: Array, context: Array) -> Any:
     """Return the array that a piece fills, parts or context, and from which row and head on."""
     if line[_SPANS] > 1:

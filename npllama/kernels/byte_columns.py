@@ -35,7 +35,7 @@ from npllama.kernels import simd
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_rows import EARLY, Rows, rows_at
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
+from npllama.kernels.jobs import FORMS, deal_out, job_of, jobs_of
 from npllama.kernels.llvm import DOTS
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded_tokens import PARTY, group_bytes, integers_bytes, numbers_pitch, round_tokens, tokens_bytes
@@ -141,10 +141,10 @@ def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None
     room = aligned(room_size(groups), _FLOAT)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
-        row = min(first, job[ROWS] - BLOCK)
-        rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), row, groups, is_int4)
-        ahead, output = rows_at(rows, BLOCK, groups, is_int4), job[OUTPUT] + 4 * row
-        call_at(work, (rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS]))
+        row = min(first, job.rows - BLOCK)
+        rows = rows_at(Rows(job.data, job.scales, job.minima), row, groups, is_int4)
+        ahead, output = rows_at(rows, BLOCK, groups, is_int4), job.output + 4 * row
+        call_at(work, (rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job.rows))
 
 
 @subroutine()

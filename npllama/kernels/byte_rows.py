@@ -34,7 +34,7 @@ from npllama.kernels import simd
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.byte_tokens import PARTY, Tokens, line_bytes, party_at, take_apart, tokens_bytes
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, deal_out, job_of, jobs_of
+from npllama.kernels.jobs import deal_out, job_of, jobs_of
 from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_bytes import inner_bytes, inner_nibbles
@@ -152,10 +152,10 @@ def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None
     room = aligned(room_size(groups), np.empty(0, np.float32))
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
-        row = min(first, job[ROWS] - BLOCK)
-        rows = rows_at(Rows(job[DATA], job[SCALES], job[MINIMA]), row, groups, is_int4)
-        ahead, output = rows_at(rows, BLOCK, groups, is_int4), job[OUTPUT] + 4 * row
-        call_at(work, (rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job[ROWS]))
+        row = min(first, job.rows - BLOCK)
+        rows = rows_at(Rows(job.data, job.scales, job.minima), row, groups, is_int4)
+        ahead, output = rows_at(rows, BLOCK, groups, is_int4), job.output + 4 * row
+        call_at(work, (rows, groups, is_int4, tokens, n_new, ahead, room, output, 4 * job.rows))
 
 
 @subroutine()

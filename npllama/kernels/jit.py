@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from npllama.kernels.references import Compiler
+
 _config: Any = numba.config
 _njit: Any = numba.njit  # it takes options that its stubs do not name
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -64,11 +66,13 @@ def compiled(*, parallel: bool = False, exact: bool = False, counted: bool = Tru
     counted : bool
         Count references to arrays, as whatever makes an array must. Threads that count those to one array wait for each
         other, for longer than a few rows of a matrix take: what they call often, with arrays of others, counts none.
+        See `npllama.kernels.references` for what that must not do.
     """
 
     def decorate(function: _Function) -> _Function:
         folder = cache_folder()
-        jit = _njit(parallel=parallel, cache=folder is not None, _nrt=counted, **(EXACT if exact else OPTIONS))
+        options = {**(EXACT if exact else OPTIONS), "_nrt": counted, "pipeline_class": Compiler}
+        jit = _njit(parallel=parallel, cache=folder is not None, **options)
         before, _config.CACHE_DIR = _config.CACHE_DIR, str(folder or "")
         try:
             kernel: _Function = jit(function)

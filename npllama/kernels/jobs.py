@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -19,9 +19,19 @@ from npllama.kernels.subroutines import subroutine
 FORMS = {"bfloat16": 0, "int8": 1, "int4": 2, "float32": 3}
 #: Columns of a table of jobs, a line for each matrix: addresses of the stored numbers, of scales and minima (or of the
 #: numbers again) and of the output; M, and the number of the first block.
-DATA, SCALES, MINIMA, OUTPUT, ROWS, FIRST = range(6)
+_DATA, _SCALES, _MINIMA, _OUTPUT, ROWS, FIRST = range(6)
 #: Helpings of a thread's part, at most; blocks of one, at least: ten microseconds' work, to ask takes less than one.
 _HELPINGS, _LEAST = 32, 16
+
+
+class Job(NamedTuple):
+    """A line of a table of jobs: addresses of a matrix and of its output, and M."""
+
+    data: int
+    scales: int
+    minima: int
+    output: int
+    rows: int
 
 
 def jobs_of(weights: Sequence[Tensor], outputs: Sequence[Array], size: int) -> Array:
@@ -41,12 +51,18 @@ def count_blocks(jobs: Array, size: int) -> Any:
 
 
 @subroutine(inline=True)
+def job_at(jobs: Array, line: int) -> Job:
+    """Return a line of a table of jobs."""
+    return Job(jobs[line, _DATA], jobs[line, _SCALES], jobs[line, _MINIMA], jobs[line, _OUTPUT], jobs[line, ROWS])
+
+
+@subroutine(inline=True)
 def job_of(jobs: Array, block: int, size: int) -> Any:
-    """Return the line of a block's matrix, and the block's first row there."""
+    """Return the job of a block's matrix, and the block's first row there."""
     line = 0
     while line + 1 < len(jobs) and jobs[line + 1, FIRST] <= block:
         line += 1
-    return jobs[line], size * (block - jobs[line, FIRST])
+    return job_at(jobs, line), size * (block - jobs[line, FIRST])
 
 
 @compiled(parallel=True)

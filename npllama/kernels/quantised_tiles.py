@@ -28,7 +28,7 @@ from npllama.dtypes import PACKINGS, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.digits import GROUP_BYTES, pack
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
+from npllama.kernels.jobs import count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import tile_shapes
@@ -115,10 +115,10 @@ def _multiply_block(
     block: int,
 ) -> None:
     job, first = job_of(jobs, block, _BLOCK)
-    data, output, m = job[DATA], job[OUTPUT], job[ROWS]
+    data, output, m = job.data, job.output, job.rows
     first = min(first, m - _BLOCK)
-    factors = _floats(job[SCALES], first, groups, start, stop)
-    offsets = _floats(job[MINIMA], first, groups, start, stop) if is_int4 else factors
+    factors = _floats(job.scales, first, groups, start, stop)
+    offsets = _floats(job.minima, first, groups, start, stop) if is_int4 else factors
     weights, stride = data + 64 * (first * groups + start), 64 * groups
     unpacked = aligned(32 * 64 * (stop - start) if is_int4 else 64, digits)
     if is_int4:

@@ -13,12 +13,12 @@ from typing import Any, TypeVar, cast
 
 from numba import types
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.registry import CPUDispatcher
 from numba.core.typed_passes import NativeLowering
 
 from npllama.kernels.jit import EXACT, OPTIONS
+from npllama.kernels.references import Compiler
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -93,12 +93,12 @@ class _Lowering(NativeLowering):
         return True
 
 
-class _Compiler(CompilerBase):
-    """Numba's passes, with `_Lowering` for the last one."""
+class _Compiler(Compiler):
+    """The same passes, with `_Lowering` for the last one."""
 
     def define_pipelines(self) -> list[Any]:
         """Return them as the only way to compile a subroutine."""
-        passes = DefaultPassBuilder.define_nopython_pipeline(self.state)  # type: ignore[no-untyped-call]
+        (passes,) = super().define_pipelines()
         passes.passes = [(_Lowering if kind is NativeLowering else kind, told) for kind, told in passes.passes]
         passes.finalize()
         return [passes]

@@ -31,7 +31,7 @@ from numba import prange
 from npllama.dtypes import GROUP, Array, Tensor, n_groups
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, job_of, jobs_of
+from npllama.kernels.jobs import FORMS, Job, count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import _BITS, _BLOCK, _NUMBERS, _PARTS, _SQUARE, _STEP, _TILE, _deliver, _split, tile_shapes
@@ -160,30 +160,30 @@ def _step_bytes(form: int) -> int:
 
 @subroutine()
 def _place(jobs: Array, block: int) -> Any:
-    """Return the line of a block's matrix, and the block's first row: the last block ends where the matrix does."""
+    """Return the job of a block's matrix, and the block's first row: the last block ends where the matrix does."""
     job, row = job_of(jobs, block, _BLOCK)
-    return job, min(row, job[ROWS] - _BLOCK)
+    return job, min(row, job.rows - _BLOCK)
 
 
 @subroutine()
-def _lay_out(task: Task, job: Array, row: int, step: int, steps: int, laid: Array) -> None:
+def _lay_out(task: Task, job: Job, row: int, step: int, steps: int, laid: Array) -> None:
     """Write so many steps of 32 rows, from ``step`` on, as tiles: of each step that of the upper 16, then the other."""
     for r in range(_BLOCK):
         at = r // _TILE * _TILE_NUMBERS + r % _TILE * _STEP
         if task.form == _BFLOAT16:
-            begin = job[DATA] + 2 * (row + r) * task.width
+            begin = job.data + 2 * (row + r) * task.width
             for s in range(steps):
                 column = 2 * min(_STEP * (step + s), task.width - _STEP)
                 simd.store(laid, at + 2 * s * _TILE_NUMBERS, simd.load_bytes(begin, column))
             continue
         for s in range(0, steps, 2):
             group = ((row + r) * task.steps + step + s) // 2
-            scale = simd.broadcast(simd.load_one_bfloat16(job[SCALES], 2 * group))
+            scale = simd.broadcast(simd.load_one_bfloat16(job.scales, 2 * group))
             if task.form == _INT8:
-                a, b, c, d = _dequantised_int8(job[DATA] + GROUP * group, scale)
+                a, b, c, d = _dequantised_int8(job.data + GROUP * group, scale)
             else:
-                minimum = simd.broadcast(simd.load_one_bfloat16(job[MINIMA], 2 * group))
-                a, b, c, d = _dequantised_int4(job[DATA] + GROUP // 2 * group, scale, minimum)
+                minimum = simd.broadcast(simd.load_one_bfloat16(job.minima, 2 * group))
+                a, b, c, d = _dequantised_int4(job.data + GROUP // 2 * group, scale, minimum)
             simd.store(laid, at + 2 * s * _TILE_NUMBERS, simd.to_bfloat16(a, b))
             simd.store(laid, at + 2 * (s + 1) * _TILE_NUMBERS, simd.to_bfloat16(c, d))
 
@@ -240,7 +240,7 @@ def _multiply_chunk(task: Task, step: int, begin: int, end: int, laid: Array, pa
         _lay_out(task, job, row, step, steps, laid)
         following, coming = (block + 1, step) if block + 1 < end else (begin, step + steps)
         job, row = _place(task.jobs, following)
-        ahead = job[DATA] + row * pitch + coming * step_bytes
+        ahead = job.data + row * pitch + coming * step_bytes
         _multiply_block(
             task, step, steps, laid, packed, sums[(block - begin) * task.pairs * 4 * _SQUARE :], ahead, pitch
         )
@@ -299,10 +299,10 @@ def _deliver_field(task: Task, begin: int, end: int, sums: Array, n_new: int, fi
         tokens = min(_TILE, n_new - panel * _TILE)
         for block in range(begin, end):
             job, row = _place(task.jobs, block)
-            output = job[OUTPUT] + 4 * ((first + panel * _TILE) * job[ROWS] + row)
+            output = job.output + 4 * ((first + panel * _TILE) * job.rows + row)
             at = ((block - begin) * task.pairs * 2 + panel) * 2 * _SQUARE
             if tokens == _TILE:
-                _deliver(sums[at:], output, 4 * job[ROWS], tokens)
+                _deliver(sums[at:], output, 4 * job.rows, tokens)
             else:
                 scratch[: 2 * _SQUARE] = sums[at : at + 2 * _SQUARE]
-                _deliver(scratch, output, 4 * job[ROWS], tokens)
+                _deliver(scratch, output, 4 * job.rows, tokens)

@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, OUTPUT, ROWS, count_blocks, job_of, jobs_of
+from npllama.kernels.jobs import count_blocks, job_of, jobs_of
 from npllama.kernels.memory import aligned
 from npllama.kernels.subroutines import subroutine
 
@@ -160,13 +160,13 @@ def _multiply(jobs: Array, shapes: Array, packed: Array, n_new: int, width: int)
     """
     for block in prange(count_blocks(jobs, _BLOCK)):
         job, first = job_of(jobs, block, _BLOCK)
-        row = min(first, job[ROWS] - _BLOCK)
-        weight = job[DATA] + 2 * width * row
+        row = min(first, job.rows - _BLOCK)
+        weight = job.data + 2 * width * row
         scratch = aligned(4 * _SQUARE, _NUMBERS)
         simd.tile_configure(shapes)
         rows_ahead = _BLOCK if 2 * width <= _NARROW else 0
         _multiply_block(weight, width, packed, n_new, weight + 2 * width * _BLOCK, rows_ahead, scratch)
-        _deliver(scratch, job[OUTPUT] + 4 * row, 4 * job[ROWS], n_new)
+        _deliver(scratch, job.output + 4 * row, 4 * job.rows, n_new)
         simd.tile_release()
 
 

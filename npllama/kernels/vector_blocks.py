@@ -42,7 +42,7 @@ from npllama.kernels import simd
 from npllama.kernels.activation import _glu
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, FORMS, MINIMA, OUTPUT, ROWS, SCALES, count_blocks, jobs_of
+from npllama.kernels.jobs import FORMS, count_blocks, jobs_of
 from npllama.kernels.llvm import DOTS, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.simd_atomic import fetch_add, load_acquire, pause
@@ -283,14 +283,14 @@ def _multiply_chunk(
 def _fetch(task: Task, chunk: Chunk, row: int) -> None:
     """Fetch what a chunk has of one row of its blocks: row 0 is the first one of its first block."""
     job, first = place_of(task, chunk.begin + row // SIDE)
-    row, size = min(first + row % SIDE, job[ROWS] - 1), stored_bytes(task.form)
+    row, size = min(first + row % SIDE, job.rows - 1), stored_bytes(task.form)
     for line in range(0, (chunk.stop - chunk.start) * size, LINE):
-        simd.prefetch(job[DATA] + row * row_bytes(task) + chunk.start * size, line)
+        simd.prefetch(job.data + row * row_bytes(task) + chunk.start * size, line)
     group = row * task.groups + chunk.start
     if are_integers(task.form):
-        simd.prefetch(job[SCALES], 2 * group)
+        simd.prefetch(job.scales, 2 * group)
     if has_minima(task.form):
-        simd.prefetch(job[MINIMA], 2 * group)
+        simd.prefetch(job.minima, 2 * group)
 
 
 @subroutine()
@@ -425,9 +425,9 @@ def _deliver(task: Task, chunk: Chunk, sums: Array, n_new: int, first: int) -> N
     places, widths = np.empty((count, 2), np.int64), np.empty(count, np.int64)
     for i in range(count):
         job, row = place_of(task, chunk.begin + i * task.together)
-        pitch = 4 * job[ROWS]
-        places[i, 0], places[i, 1] = job[OUTPUT] + first * pitch + 4 * row, pitch
-        widths[i] = min(SIDE, job[ROWS] - row)
+        pitch = 4 * job.rows
+        places[i, 0], places[i, 1] = job.output + first * pitch + 4 * row, pitch
+        widths[i] = min(SIDE, job.rows - row)
     gated = aligned(count * _SUMS if task.together > 1 else 0, _FLOAT)
     for panel in range((min(SIDE * task.panels, n_new) + SIDE - 1) // SIDE):
         lines, apart = sums[_SUMS * panel :], _SUMS * task.panels

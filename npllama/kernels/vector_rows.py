@@ -30,7 +30,7 @@ from npllama.dtypes import Array, Tensor
 from npllama.kernels import simd
 from npllama.kernels.by_address import address_of, call_at
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, OUTPUT, ROWS, deal_out, job_of, jobs_of
+from npllama.kernels.jobs import deal_out, job_of, jobs_of
 from npllama.kernels.llvm import WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import nearest
@@ -176,10 +176,10 @@ def _multiply_blocks(arguments: Any, jobs: Array, start: int, stop: int) -> None
     room = aligned(room_size(), tokens)
     for block in range(start, stop):
         job, first = job_of(jobs, block, BLOCK)
-        row = min(first, job[ROWS] - BLOCK)
+        row = min(first, job.rows - BLOCK)
         pitch = item_bytes(kind) * width
-        rows = job[DATA] + pitch * row
-        output, token = job[OUTPUT] + 4 * row, 4 * job[ROWS]
+        rows = job.data + pitch * row
+        output, token = job.output + 4 * row, 4 * job.rows
         call_at(work, (rows, width, kind, tokens, n_new, rows + BLOCK * pitch, pitch, room, output, token))
 
 

@@ -31,7 +31,7 @@ from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
 from npllama.kernels.digits import digit_lanes
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import DATA, FORMS, MINIMA, ROWS, SCALES, job_of
+from npllama.kernels.jobs import FORMS, job_at, job_of
 from npllama.kernels.llvm import DOTS, NARROW, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import int8_lanes
@@ -108,10 +108,10 @@ class Task(NamedTuple):
 
 @subroutine(inline=True)
 def place_of(task: Task, block: int) -> Any:
-    """Return the line of a block's matrix in the table of jobs, and the block's first row there."""
+    """Return the job of a block's matrix, and the block's first row there."""
     if task.together == 1:
         return job_of(task.jobs, block, SIDE)
-    return task.jobs[block % 2], SIDE * (block // 2)
+    return job_at(task.jobs, block % 2), SIDE * (block // 2)
 
 
 @subroutine(inline=True)
@@ -281,13 +281,13 @@ def lay_out(task: Task, block: int, start: int, stop: int, room: Array, laid: Ar
     are_bytes = task.form == _INT8 and task.kind >= BYTES
     if are_integers(task.form):
         behind, first = out + squares(task.kind) * SQUARE, 2 * row * task.groups
-        scales, minima = job[SCALES] + first, job[MINIMA] + first
-        lay_factors(scales, minima, job[ROWS] - row, task.groups, start, stop - start, task.form, lying, behind, size)
+        scales, minima = job.scales + first, job.minima + first
+        lay_factors(scales, minima, job.rows - row, task.groups, start, stop - start, task.form, lying, behind, size)
     for g in range(start, stop, at_once):
-        rows, apart = job[DATA] + row * pitch + g * stored, pitch
-        if row + SIDE > job[ROWS] or (g + at_once) * stored > pitch:
+        rows, apart = job.data + row * pitch + g * stored, pitch
+        if row + SIDE > job.rows or (g + at_once) * stored > pitch:
             rows, apart = lying, np.int64(4 * LINE)
-            _gather(task, job[DATA], row, job[ROWS], g * stored, at_once * stored, lying)
+            _gather(task, job.data, row, job.rows, g * stored, at_once * stored, lying)
         for s in range(at_once * stored // LINE):
             if are_words:
                 simd.transpose(rows, LINE * s, apart, out, s * SQUARE, LINE)
