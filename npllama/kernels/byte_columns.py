@@ -45,6 +45,7 @@ from npllama.kernels.simd_groups import add_first_to_memory, add_row, products_o
 from npllama.kernels.simd_quantised import load_floats, load_integers
 from npllama.kernels.simd_sums import first_sums, no_sums, store_sums, store_totals, sums_at
 from npllama.kernels.subroutines import subroutine
+from npllama.kernels.vector_fields import SIDE
 from npllama.kernels.vector_rows import tokens_of
 from npllama.kernels.vector_squares import (
     BYTES,
@@ -52,7 +53,6 @@ from npllama.kernels.vector_squares import (
     LINE,
     MIDDLE,
     SCALE,
-    SIDE,
     SQUARE,
     WEIGHT_LINES,
     chunk_groups,

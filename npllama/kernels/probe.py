@@ -26,7 +26,7 @@ from npllama.kernels.simd_blocks import outer_bytes, outer_nibbles, outer_pairs,
 from npllama.kernels.simd_sums import first_sums, no_sums, store_sums
 from npllama.kernels.subroutines import subroutine
 from npllama.kernels.tiles import tile_shapes
-from npllama.kernels.vector_squares import BLOCKS
+from npllama.kernels.vector_products import BLOCKS
 
 _Clock: TypeAlias = Callable[[], float]
 

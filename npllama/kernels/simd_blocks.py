@@ -29,8 +29,9 @@ from npllama.kernels.simd_sums import _add_floats, _at, _changed, _pair_adder, _
 
 #: What sums of int32 begin with instead of nothing, where they are told to be **floating**: the bits of 1.5 · 2**23. An
 #: integer below 2**22 that is added to them is added to that float32, too, from which it is taken by a subtraction.
-#: Some processors do that beside multiplications, but not a conversion.
+#: Some processors do that beside multiplications, but not a conversion; and where a product follows, it costs nothing.
 NOTHING = 0x4B400000
+_NOTHING = 1.5 * 2**23
 
 _LINE = 64
 #: What is put in the place of the i-th total, of that and a vector: ``change(i, total, vector)``.
@@ -144,39 +145,27 @@ def add_outer_to_memory(context: Any, address: Any, pitch: Any, count: Any, vect
 def add_stepped(context: Any, totals: Any, sums: Any, scales: Any, steps: Any) -> Any:
     """``add_stepped(totals, sums, scales, steps)``: ``total + scale · sum · step`` of float32 totals and int32 sums.
 
-    The sums are floating, see `NOTHING`. The scale is a vector of each block, the step one float32 of each token, at an
-    address. VSUBPS, VMULPS, VFMADD231PS.
+    The sums are floating, see `NOTHING`. The scale is a vector of each block, a bfloat16 below 2**103 in each lane; the
+    step is one float32 of each token, at an address. VMULPS, VFMADD231PS.
     """
+    n_tokens = totals.count // scales.count
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         so_far, tile, by_block, steps = arguments
-        add = _stepping(builder, by_block, scales.count, steps, totals.count)
+        by_block = [builder.extract_value(by_block, block) for block in range(scales.count)]
+        # 1.5 · 2**23 times a number of so few bits is exact: (sum + 1.5 · 2**23) · scale less that is sum · scale.
+        excess = [builder.fmul(scale, ir.Constant(FLOAT_VECTOR, [-_NOTHING] * 16)) for scale in by_block]
 
         def change(i: int, total: Any) -> Any:
-            return add(i, total, _landed(builder, builder.extract_value(tile, i)))
+            block, token = divmod(i, n_tokens)
+            floating = builder.bitcast(builder.extract_value(tile, i), FLOAT_VECTOR)
+            scaled = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, floating, by_block[block], excess[block])
+            step = load_splat(builder, steps, token, ir.FloatType())
+            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, step, total)
 
         return _changed(context, builder, totals, so_far, change)
 
     return totals(totals, sums, scales, types.int64), code
-
-
-def _landed(builder: Any, floating: Any) -> Any:
-    """Return sums that began with `NOTHING` as float32."""
-    nothing = ir.Constant(FLOAT_VECTOR, [1.5 * 2**23] * 16)
-    return builder.fsub(builder.bitcast(floating, FLOAT_VECTOR), nothing)
-
-
-def _stepping(builder: Any, scales: Any, n_blocks: int, steps: Any, n_sums: int) -> _Change:
-    """Return what adds to the i-th total a float32 sum times its block's scale and its token's step."""
-    n_tokens = n_sums // n_blocks
-
-    def add(i: int, total: Any, tile: Any) -> Any:
-        block, token = divmod(i, n_tokens)
-        scaled = builder.fmul(tile, builder.extract_value(scales, block))
-        step = load_splat(builder, steps, token, ir.FloatType())
-        return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, step, total)
-
-    return add
 
 
 @intrinsic
@@ -201,16 +190,20 @@ def add_digits(context: Any, totals: Any, high: Any, lower: Any, scales: Any, st
 
     The higher ones are floating, see `NOTHING`. VSUBPS, VCVTDQ2PS, VFMADD231PS, VMULPS.
     """
+    n_tokens = totals.count // scales.count
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         so_far, high, lower, by_block, steps = arguments
-        add = _stepping(builder, by_block, scales.count, steps, totals.count)
-        place = ir.Constant(FLOAT_VECTOR, [65536.0] * 16)
+        place, nothing = (ir.Constant(FLOAT_VECTOR, [number] * 16) for number in (65536.0, _NOTHING))
 
         def change(i: int, total: Any) -> Any:
-            upper = _landed(builder, builder.extract_value(high, i))
+            block, token = divmod(i, n_tokens)
+            upper = builder.fsub(builder.bitcast(builder.extract_value(high, i), FLOAT_VECTOR), nothing)
             rest = builder.sitofp(builder.extract_value(lower, i), FLOAT_VECTOR)
-            return add(i, total, call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, upper, place, rest))
+            whole = call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, upper, place, rest)
+            scaled = builder.fmul(whole, builder.extract_value(by_block, block))
+            step = load_splat(builder, steps, token, ir.FloatType())
+            return call(builder, "llvm.fma.v16f32", FLOAT_VECTOR, scaled, step, total)
 
         return _changed(context, builder, totals, so_far, change)
 

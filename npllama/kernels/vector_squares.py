@@ -23,7 +23,7 @@ their sums of bytes begin with, since the weights are taken larger than they are
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from npllama.dtypes import GROUP, Array
 from npllama.kernels import simd
 from npllama.kernels.digits import digit_lanes
 from npllama.kernels.jit import compiled
-from npllama.kernels.jobs import FORMS, job_at, job_of
+from npllama.kernels.jobs import FORMS
 from npllama.kernels.llvm import DOTS, NARROW, WIDE
 from npllama.kernels.memory import aligned
 from npllama.kernels.rounded import int8_lanes
@@ -47,16 +47,14 @@ from npllama.kernels.simd_quantised import (
 )
 from npllama.kernels.simd_words import bfloat16_of, even_bytes, int8_of, nibble_of, odd_bytes, pair_of
 from npllama.kernels.subroutines import subroutine
+from npllama.kernels.vector_fields import SIDE, Task, place_of
 
 #: How products are computed.
 FLOATS, PAIRS, WORDS, BYTES, DIGITS = range(5)
 #: The kind of int8 weights whose input is rounded to int8.
 INT8_KIND = BYTES if DOTS else WORDS
 
-SIDE = 16  # of a square: rows or tokens, and words
 LINE = 64  # bytes of a line of a square
-#: Blocks of rows that are multiplied at once.
-BLOCKS = 2 if WIDE else 1
 SQUARE = SIDE * LINE
 #: Lines behind the squares of a group: scales and middles of its rows; steps, sums and beginnings of its tokens.
 SCALE, MIDDLE, WEIGHT_LINES = 0, LINE, 2 * LINE
@@ -64,54 +62,11 @@ STEP, SUM, BEGIN, INPUT_LINES = 0, LINE, 2 * LINE, 3 * LINE
 #: By kind: squares that 64 numbers of a row take, and of a token; lines behind the latter; groups of a chunk.
 _SQUARES, _INPUT_SQUARES = (4, 2, 2, 1, 1), (4, 2, 2, 1, 3)
 _INPUT_LINES = (INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES + 2 * LINE)
-_GROUPS = (4, 8, 8, 16, 4)
+_GROUPS = (4, 8, 8, 8 if WIDE else 16, 4)
 #: Squares of a panel's chunk, at most.
 _CHUNK = 16
 
 _BFLOAT16, _INT8, _INT4, _FLOAT32 = FORMS.values()
-
-
-class Task(NamedTuple):
-    """What is multiplied.
-
-    Attributes
-    ----------
-    jobs : ndarray of shape (matrices, 6)
-        See `npllama.kernels.jobs`.
-    blocks, fields : int
-        Of all matrices.
-    form : int
-        Storage type of the weights, in `npllama.kernels.jobs.FORMS`.
-    kind : int
-        FLOATS, PAIRS, WORDS, BYTES or DIGITS.
-    width, groups : int
-        N, and groups of 64 numbers that it takes.
-    panels : int
-        In a pass.
-    together : int
-        2 where blocks take turns between two matrices of one shape, of whose products one gates the other; or 1.
-    activation : int
-        Its number in `npllama.kernels.activation`, where there is a gate.
-    """
-
-    jobs: Array
-    blocks: int
-    fields: int
-    form: int
-    kind: int
-    width: int
-    groups: int
-    panels: int
-    together: int
-    activation: int
-
-
-@subroutine(inline=True)
-def place_of(task: Task, block: int) -> Any:
-    """Return the job of a block's matrix, and the block's first row there."""
-    if task.together == 1:
-        return job_of(task.jobs, block, SIDE)
-    return job_at(task.jobs, block % 2), SIDE * (block // 2)
 
 
 @subroutine(inline=True)

@@ -14,7 +14,7 @@ from npllama.kernels import matmul, probe
 from npllama.kernels.features import PATHS, host_features
 from npllama.kernels.llvm import DOTS
 from npllama.kernels.tiles import tile_shapes
-from npllama.kernels.vector_squares import BLOCKS
+from npllama.kernels.vector_products import BLOCKS
 from npllama.rounding import ACTIVATIONS
 
 needs_vectors = pytest.mark.skipif(not PATHS["avx2"] <= host_features(), reason="this processor has no AVX2")
