@@ -153,7 +153,7 @@ def room_size(groups: int) -> int:
 
     That is the sums of groups, or a chunk of int4 rows.
     """
-    behind = max(SQUARE * ((groups + SIDE - 1) // SIDE), BLOCK * GROUP // 2 * chunk_groups(BYTES))
+    behind = max(SQUARE * ((groups + SIDE - 1) // SIDE), BLOCK * GROUP // 2 * chunk_groups(BYTES, groups))
     return (2 * LINE * PARTY + WEIGHT_LINES * groups + SQUARE + behind) // 4
 
 
@@ -192,7 +192,7 @@ def multiply_block(
     """
     sums, x = np.int64(room.ctypes.data), np.int64(tokens.ctypes.data)
     factors, form = sums + 2 * LINE * PARTY, _INT4 if is_int4 else _INT8
-    lines, per_chunk = factors + WEIGHT_LINES * groups, _per_chunk(is_int4)
+    lines, per_chunk = factors + WEIGHT_LINES * groups, _per_chunk(is_int4, groups)
     for g in range(0, groups, per_chunk):
         here, count = factors + WEIGHT_LINES * g, min(per_chunk, groups - g)
         lay_factors(rows.scales, rows.minima, BLOCK, groups, g, count, form, lines, here, WEIGHT_LINES)
@@ -223,9 +223,9 @@ def _multiply_some(count: int, block: Block, x: int) -> None:
 
 
 @subroutine(inline=True)
-def _per_chunk(is_int4: bool) -> int:
+def _per_chunk(is_int4: bool, groups: int) -> int:
     """Return how many groups are added up by themselves, which decides the bits: as many as among many tokens."""
-    return chunk_groups(BYTES) if is_int4 else chunk_groups(INT8_KIND)
+    return chunk_groups(BYTES if is_int4 else INT8_KIND, groups)
 
 
 @subroutine(inline=True)
@@ -235,7 +235,7 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
     The sums of a chunk are added up by themselves. A line of each row is a group of int8, or two of int4.
     """
     store_sums(block.sums, no_sums(count))
-    per_chunk, per_line = _per_chunk(block.is_int4), _per_line(block.is_int4)
+    per_chunk, per_line = _per_chunk(block.is_int4, block.groups), _per_line(block.is_int4)
     steps, pitch = integers_bytes(count, block.is_int4), numbers_pitch(count)
     for start in range(0, block.groups, per_chunk):
         stop = min(start + per_chunk, block.groups)
@@ -260,7 +260,12 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
 
     All at once, eight tokens take a fifth longer or more: their sums alone need all registers that there are.
     """
-    size, per_chunk, pitch, steps = GROUP // 2, _per_chunk(True), numbers_pitch(count), integers_bytes(count, True)
+    size, per_chunk, pitch, steps = (
+        GROUP // 2,
+        _per_chunk(True, block.groups),
+        numbers_pitch(count),
+        integers_bytes(count, True),
+    )
     chunk, columns, copies = block.sums + LINE * PARTY, block.lines, block.lines + SQUARE
     for t in range(0, count, _FOUR):
         store_sums(block.sums + LINE * t, no_sums(_FOUR))
@@ -305,7 +310,7 @@ def _multiply_rows(count: int, block: Block, x: int) -> None:
     Bytes become int16 as a row is loaded, and no number of a token must be in all lanes: columns would take a quarter
     more instructions. Of int4 they take fewer: sums stay in 16 bits, and adding up their lanes is most of the work.
     """
-    per_chunk, row_bytes, steps = _per_chunk(False), GROUP * block.groups, integers_bytes(count, False)
+    per_chunk, row_bytes, steps = _per_chunk(False, block.groups), GROUP * block.groups, integers_bytes(count, False)
     coming = block.ahead.data
     store_sums(block.lines, no_sums(count))
     for start in range(0, block.groups, per_chunk):
@@ -362,7 +367,7 @@ def _multiply_one(block: Block, x: int) -> None:
     Nothing is gained by columns then: rows are multiplied as they lie in memory, which is read in its order, and only
     the exact sums of their groups are turned.
     """
-    per_chunk, pitch = _per_chunk(block.is_int4), numbers_pitch(_ONE)
+    per_chunk, pitch = _per_chunk(block.is_int4, block.groups), numbers_pitch(_ONE)
     steps = integers_bytes(_ONE, block.is_int4)
     _sum_groups(block, x)
     store_sums(block.sums, no_sums(_ONE))

@@ -158,7 +158,7 @@ def _take_part(task: Task, x: Array, first: int, packed: Array, counters: Array)
 def _take_fields(task: Task, packed: Array, n_new: int, first: int, counters: Array) -> None:
     """Multiply fields until there are none left. A field is taken as soon as its first chunk can be laid out."""
     most = (task.fields[0, END] - task.fields[0, BEGIN]) * task.unit
-    chunk_bytes = chunk_groups(task.kind) * weight_bytes(task.kind)
+    chunk_bytes = chunk_groups(task.kind, task.groups) * weight_bytes(task.kind)
     laid, ahead = aligned(most * chunk_bytes, packed), aligned(most * chunk_bytes, packed)
     room, totals = aligned(8 * SQUARE, packed), aligned(_SUMS, _FLOAT)
     sums = aligned(most * task.panels * _SUMS, _FLOAT)
@@ -184,7 +184,7 @@ def _chunk_of(task: Task, field: int, start: int) -> Chunk:
     if field >= len(task.fields):
         return Chunk(field, 0, 0, 0, 0, 0, 0)
     begin, end = task.fields[field, BEGIN] * task.unit, task.fields[field, END] * task.unit
-    stop = min(start + chunk_groups(task.kind), task.groups)
+    stop = min(start + chunk_groups(task.kind, task.groups), task.groups)
     return Chunk(field, begin, end, start, stop, task.fields[field, FIRST], task.fields[field, LAST])
 
 
@@ -205,7 +205,7 @@ def _multiply_chunk(
     Meanwhile the rows of the coming chunk are fetched from memory, and laid out ``ahead`` when they are there.
     """
     groups, at_once = chunk.stop - chunk.start, task.at_once
-    size, chunk_bytes = input_bytes(task.kind), chunk_groups(task.kind) * weight_bytes(task.kind)
+    size, chunk_bytes = input_bytes(task.kind), chunk_groups(task.kind, task.groups) * weight_bytes(task.kind)
     x = np.int64(packed.ctypes.data) + size * task.panels * chunk.start
     weights, tile = np.int64(laid.ctypes.data), np.int64(sums.ctypes.data)
     rows, block, fetched = SIDE * (coming.end - coming.begin), coming.begin, 0

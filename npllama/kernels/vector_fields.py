@@ -20,8 +20,8 @@ from npllama.kernels.subroutines import subroutine
 SIDE = 16  #: Rows of a block, tokens of a panel.
 #: Columns of a table of fields: first unit, and the one behind the last; the same of panels.
 BEGIN, END, FIRST, LAST = range(4)
-#: Parts of the panels that the last units are cut into.
-_PARTS = 4
+#: Parts of the panels that the last units are cut into, at most; panels of a part, at least: each lays out its weights.
+_PARTS, _LEAST = 4, 8
 
 
 class Task(NamedTuple):
@@ -88,7 +88,7 @@ def fields_of(units: int, panels: int, most: int, threads: int) -> Array:
     while begin < units:
         left = units - begin
         size = min(most, max(1, left // (2 * threads)))
-        parts = min(panels, _PARTS) if threads > 1 and left <= threads else 1
+        parts = max(1, min(panels // _LEAST, _PARTS)) if threads > 1 and left <= threads else 1
         for part in range(parts):
             fields.append((begin, begin + size, panels * part // parts, panels * (part + 1) // parts))
         begin += size

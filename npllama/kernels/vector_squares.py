@@ -63,8 +63,6 @@ STEP, SUM, BEGIN, INPUT_LINES = 0, LINE, 2 * LINE, 3 * LINE
 _SQUARES, _INPUT_SQUARES = (4, 2, 2, 1, 1), (4, 2, 2, 1, 3)
 _INPUT_LINES = (INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES, INPUT_LINES + 2 * LINE)
 _GROUPS = (4, 8, 8, 8 if WIDE else 16, 4)
-#: Squares of a panel's chunk, at most.
-_CHUNK = 16
 
 _BFLOAT16, _INT8, _INT4, _FLOAT32 = FORMS.values()
 
@@ -76,9 +74,9 @@ def squares(kind: int) -> int:
 
 
 @subroutine(inline=True)
-def chunk_groups(kind: int) -> int:
-    """Return how many groups of 64 numbers are a chunk."""
-    return _GROUPS[kind]
+def chunk_groups(kind: int, groups: int) -> int:
+    """Return how many of so many groups of 64 numbers are a chunk. A single one behind a chunk belongs to it."""
+    return groups if groups <= _GROUPS[kind] + 1 else _GROUPS[kind]
 
 
 @subroutine(inline=True)
@@ -126,8 +124,9 @@ def pack_panel(x: Array, packed: Array, task: Task, panel: int) -> None:
 
     All panels of one chunk come first, then all of the next.
     """
-    per_chunk = chunk_groups(task.kind)
-    lying, group = aligned(_CHUNK * SQUARE, packed), np.zeros(GROUP, np.float32)
+    per_chunk = chunk_groups(task.kind, task.groups)
+    lying = aligned(per_chunk * _INPUT_SQUARES[task.kind] * SQUARE, packed)
+    group = np.zeros(GROUP, np.float32)
     lying[:] = 0
     for start in range(0, task.groups, per_chunk):
         count = min(per_chunk, task.groups - start)
