@@ -365,15 +365,19 @@ def _multiply_one(block: Block, x: int) -> None:
     """Do what `_multiply_party` does to a single token, which begins at an address.
 
     Nothing is gained by columns then: rows are multiplied as they lie in memory, which is read in its order, and only
-    the exact sums of their groups are turned.
+    the exact sums of their groups are turned. Meanwhile some of the rows that come next are fetched, or memory would
+    stand idle; int4 is not waited for.
     """
     per_chunk, pitch = _per_chunk(block.is_int4, block.groups), numbers_pitch(_ONE)
     steps = integers_bytes(_ONE, block.is_int4)
+    coming, ahead = block.ahead.data + EARLY, 0 if block.is_int4 else 2 * LINE
     _sum_groups(block, x)
     store_sums(block.sums, no_sums(_ONE))
     for start in range(0, block.groups, per_chunk):
         totals = no_sums(_ONE)
         for g in range(start, min(start + per_chunk, block.groups)):
+            for line in range(0, ahead, LINE):
+                simd.prefetch_near(coming + ahead * g, line)
             if g % SIDE == 0:
                 simd.transpose(block.lines, LINE * g, LINE, block.lines, LINE * g, LINE)
             factors = block.factors + WEIGHT_LINES * g
@@ -390,8 +394,8 @@ def _sum_groups(block: Block, x: int) -> None:
     """Write the sum of each group of each row: of sixteen groups a line for each row, then of the next sixteen."""
     size = GROUP // 2 if block.is_int4 else GROUP
     row_bytes = size * block.groups
-    _fetch(block, 0, block.groups)
     for r in range(BLOCK):
+        _fetch(block, r * block.groups, (r + 1) * block.groups, 1)
         row, early = block.rows.data + r * row_bytes, r * row_bytes + EARLY - BLOCK * row_bytes
         coming = row + EARLY if early < 0 else block.ahead.data + early
         g = 0
@@ -419,9 +423,9 @@ def _sum(count: int, is_int4: bool, weights: int, x: int, place: int) -> None:
 
 
 @subroutine(inline=True)
-def _fetch(block: Block, start: int, stop: int) -> None:
-    """Fetch a chunk's share of the scales and minima that are needed next."""
-    for place in range(2 * BLOCK * start, 2 * BLOCK * stop, LINE):
-        simd.prefetch(block.ahead.scales, place)
+def _fetch(block: Block, start: int, stop: int, n_rows: int = BLOCK) -> None:
+    """Fetch as many bytes of the scales and minima that are needed next as so many rows have of some groups."""
+    for place in range(2 * n_rows * start, 2 * n_rows * stop, LINE):
+        simd.prefetch_near(block.ahead.scales, place)
         if block.is_int4:
-            simd.prefetch(block.ahead.minima, place)
+            simd.prefetch_near(block.ahead.minima, place)

@@ -328,9 +328,9 @@ def _fetch(chunk: Chunk, coming: int, line: int) -> None:
 def _fetch_scales(rows: Rows, groups: int, is_int4: bool) -> None:
     """Fetch the scales and minima of a band."""
     for place in range(0, _BAND * groups * 2, _LINE):
-        simd.prefetch(rows.scales, place)
+        simd.prefetch_near(rows.scales, place)
         if is_int4:
-            simd.prefetch(rows.minima, place)
+            simd.prefetch_near(rows.minima, place)
 
 
 @subroutine(inline=True)
