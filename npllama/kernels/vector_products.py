@@ -179,14 +179,20 @@ def _add_stepped(kind: int, blocks: Blocks, x: int, groups: int, form: int) -> N
 
 @subroutine()
 def _add_digits(blocks: Blocks, x: int, groups: int, form: int, place: int) -> None:
-    """Do it for three digits: the two lower ones have a sum in common, which 32 bits hold."""
+    """Do it for three digits: the two lower ones have a sum in common, which 32 bits hold.
+
+    The higher ones are added up together: a processor begins several products before it has ended one, and those of a
+    single digit are too few for that.
+    """
     totals, weights, pitch = repeated(no_sums(_FEWER), BLOCKS), blocks.weights, blocks.pitch
     for _ in range(groups):
         steps, factors = x + 3 * SQUARE, weights + SQUARE
-        lower = _add_words(BYTES, BLOCKS, _first_of_digit(steps + BEGIN + LINE), weights, pitch, x + SQUARE)
+        high, lower = _first_of_digit(steps + BEGIN), _first_of_digit(steps + BEGIN + LINE)
+        for at in range(0, SQUARE, LINE):
+            words = vectors_at(weights + at, pitch, BLOCKS)
+            high, lower = outer_bytes(high, words, x + at), outer_bytes(lower, words, x + SQUARE + at)
         lower = at_next_place(lower, _first_of_digit(steps + BEGIN + 2 * LINE))
         lower = _add_words(BYTES, BLOCKS, lower, weights, pitch, x + 2 * SQUARE)
-        high = _add_words(BYTES, BLOCKS, _first_of_digit(steps + BEGIN), weights, pitch, x)
         totals = add_digits(totals, high, lower, vectors_at(factors + SCALE, pitch, BLOCKS), steps + STEP)
         if has_minima(form):
             totals = outer_floats(totals, vectors_at(factors + MIDDLE, pitch, BLOCKS), steps + SUM)
