@@ -239,7 +239,7 @@ def _multiply_party(count: int, block: Block, x: int) -> None:
     steps, pitch = integers_bytes(count, block.is_int4), numbers_pitch(count)
     for start in range(0, block.groups, per_chunk):
         stop = min(start + per_chunk, block.groups)
-        _fetch(block, start, stop)
+        _fetch(block, BLOCK * start, BLOCK * stop)
         totals = no_sums(count)
         for first in range(start, stop, per_line):
             rows, apart = _lines_of_rows(block, first)
@@ -260,18 +260,14 @@ def _multiply_turned(count: int, block: Block, x: int) -> None:
 
     All at once, eight tokens take a fifth longer or more: their sums alone need all registers that there are.
     """
-    size, per_chunk, pitch, steps = (
-        GROUP // 2,
-        _per_chunk(True, block.groups),
-        numbers_pitch(count),
-        integers_bytes(count, True),
-    )
+    size, per_chunk = GROUP // 2, _per_chunk(True, block.groups)
+    pitch, steps = numbers_pitch(count), integers_bytes(count, True)
     chunk, columns, copies = block.sums + LINE * PARTY, block.lines, block.lines + SQUARE
     for t in range(0, count, _FOUR):
         store_sums(block.sums + LINE * t, no_sums(_FOUR))
     for start in range(0, block.groups, per_chunk):
         stop = min(start + per_chunk, block.groups)
-        _fetch(block, start, stop)
+        _fetch(block, BLOCK * start, BLOCK * stop)
         for t in range(0, count, _FOUR):
             store_sums(chunk + LINE * t, no_sums(_FOUR))
         rows, apart = _in_other_places(block.rows.data + size * start, size * block.groups, size * per_chunk, copies)
@@ -315,7 +311,7 @@ def _multiply_rows(count: int, block: Block, x: int) -> None:
     store_sums(block.lines, no_sums(count))
     for start in range(0, block.groups, per_chunk):
         stop = min(start + per_chunk, block.groups)
-        _fetch(block, start, stop)
+        _fetch(block, BLOCK * start, BLOCK * stop)
         for r in range(BLOCK):
             row, scales = block.rows.data + row_bytes * r + GROUP * start, block.factors + SCALE + 4 * r
             token, totals = x, simd.broadcast(np.float32(0))
@@ -395,7 +391,7 @@ def _sum_groups(block: Block, x: int) -> None:
     size = GROUP // 2 if block.is_int4 else GROUP
     row_bytes = size * block.groups
     for r in range(BLOCK):
-        _fetch(block, r * block.groups, (r + 1) * block.groups, 1)
+        _fetch(block, r * block.groups, (r + 1) * block.groups)
         row, early = block.rows.data + r * row_bytes, r * row_bytes + EARLY - BLOCK * row_bytes
         coming = row + EARLY if early < 0 else block.ahead.data + early
         g = 0
@@ -423,9 +419,9 @@ def _sum(count: int, is_int4: bool, weights: int, x: int, place: int) -> None:
 
 
 @subroutine(inline=True)
-def _fetch(block: Block, start: int, stop: int, n_rows: int = BLOCK) -> None:
-    """Fetch as many bytes of the scales and minima that are needed next as so many rows have of some groups."""
-    for place in range(2 * n_rows * start, 2 * n_rows * stop, LINE):
+def _fetch(block: Block, start: int, stop: int) -> None:
+    """Fetch some of the scales and minima that are needed next, two bytes each, in the order in which they lie."""
+    for place in range(2 * start, 2 * stop, LINE):
         simd.prefetch_near(block.ahead.scales, place)
         if block.is_int4:
             simd.prefetch_near(block.ahead.minima, place)

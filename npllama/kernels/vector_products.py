@@ -65,7 +65,7 @@ def blocks_at_once(kind: int) -> int:
 class Blocks(NamedTuple):
     """Where the weights of some blocks are, the first one's, and its sums; how far the next one's are from these.
 
-    ``totals`` is where there is room for the sums of a panel.
+    ``totals`` is where there is room for the sums of a panel, which narrow registers ask for.
     """
 
     weights: int

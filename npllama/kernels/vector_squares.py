@@ -75,7 +75,7 @@ def squares(kind: int) -> int:
 
 @subroutine(inline=True)
 def chunk_groups(kind: int, groups: int) -> int:
-    """Return how many of so many groups of 64 numbers are a chunk. A single one behind a chunk belongs to it."""
+    """Return how many of so many groups of 64 numbers are a chunk: all, if there is but one more than there may be."""
     return groups if groups <= _GROUPS[kind] + 1 else _GROUPS[kind]
 
 
